@@ -1,0 +1,63 @@
+# Every target makes what it needs first. Python 3.11 or newer, make and access to PyPI are enough.
+SHELL := /bin/sh
+BIN := .venv/bin
+export MOTORPOOL_MODELS ?= $(CURDIR)/.cache/models
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test crash check lock bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+setup:
+	@./tools/setup.sh
+
+model: setup
+	@$(BIN)/motorpool models pull smollm2-135m-instruct --quiet-if-present
+
+demo: setup ## Run a batch of real documents on three parked vehicles, one of which drives off
+	@$(BIN)/motorpool demo
+
+test: setup model ## Run the tests
+	@$(BIN)/python -m pytest
+
+crash: setup ## Kill every kind of process at random moments, 200 seeded runs
+	@MOTORPOOL_CRASH_RUNS=$${MOTORPOOL_CRASH_RUNS:-200} $(BIN)/python -m pytest tests/test_crash.py -s
+
+check: setup ## Lint, types, imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --config pyproject.toml
+
+lock: ## Renew the locked versions
+	@$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --custom-compile-command "make lock" --upgrade -q -o requirements/dev.lock
+
+clean: ## Remove what make made
+	@rm -rf .venv .cache demo-output bench/.envs bench/.work
+
+.PHONY: bench-batch bench-gateway bench-growth bench-lock
+bench: bench-batch bench-gateway bench-growth ## Measure against peers (makes their environments first, 1.3 GB)
+
+bench-batch: setup ## Batch throughput and memory beside Ray, Dask, Celery, procrastinate
+	@$(BIN)/python -m bench.run_batch $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary
+
+bench-gateway: setup ## Gateway overhead beside LiteLLM and vllm-router
+	@$(BIN)/python -m bench.run_gateway $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary
+
+bench-growth: setup ## How both grow with lines and vehicles
+	@$(BIN)/python -m bench.run_growth $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary
+
+bench-lock: setup ## Renew the locked versions of the peers
+	@$(BIN)/python -m bench.env --lock
+
+.PHONY: bench-yield
+bench-yield: setup model ## From the owner's hand to an engine that computes no more
+	@$(BIN)/python -m bench.run_yield $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary

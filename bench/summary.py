@@ -1,0 +1,52 @@
+"""Puts the headline figures of ``bench/results`` into the README, so that they are the measured ones.
+
+Called by: ``make bench...`` after the tables of the docs are renewed, and, to compare, by the tests.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from bench.env import ROOT
+from bench.report import RESULTS, Figure, Results, number
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+
+
+def line(figure: Figure, command: str) -> str:
+    """One row of the table: ours, the best of the others, the aim."""
+    ordered = sorted(figure.peers.items(), key=lambda peer: peer[1] or 0, reverse=not figure.less_is_better)
+    others = ", ".join(f"{name} {number(value)}" for name, value in ordered if value is not None)
+    reached = {True: "reached", False: "not reached", None: ""}[figure.met]
+    ours = number(figure.ours) if figure.ours is not None else "-"
+    aim = f"{figure.aim}: {reached}" if figure.aim else ""
+    return f"| {figure.name}, {figure.unit} | {ours} | {others} | {aim} | `{command}` |"
+
+
+def table() -> str:
+    """The whole block of the README."""
+    rows = ["| figure | Motorpool | others, same run | aim | command |", "| --- | ---: | --- | --- | --- |"]
+    dates = set()
+    for name in ("batch", "gateway", "yield"):
+        results = msgspec.json.decode((RESULTS / f"{name}.json").read_bytes(), type=Results)
+        dates.add(f"{results.date} on {results.machine}")
+        rows += [line(figure, f"make bench-{name}") for figure in results.figures if figure.aim]
+    measured = f"Medians, measured {' and '.join(sorted(dates))}; [the whole tables](docs/benchmarks.md)."
+    return "\n".join([*rows, "", measured])
+
+
+def fill(text: str) -> str:
+    """The README with the block renewed."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def write() -> None:
+    """Renew the README."""
+    README.write_text(fill(README.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    write()

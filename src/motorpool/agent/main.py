@@ -1,0 +1,159 @@
+"""Puts the agent of one vehicle together from its configuration, and runs it until it is asked to stop.
+
+Decides: which parts work together. Must not: read the environment, or hold policy.
+Called by: the command line (``motorpool agent``, ``motorpool dev``), benchmarks (``run_many``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from motorpool.agent.enrolment import ConsentFile
+from motorpool.agent.loop import GUARD_INTERVAL_MS, AgentLoop, Clock, Link
+from motorpool.agent.runtime.build import build_engine
+from motorpool.agent.runtime.spec import REMOTE_SILENCE_S, Backend, EngineSpec
+from motorpool.agent.signals.car import CarSpec, SimulatedCar
+from motorpool.agent.signals.owner_port import OwnerPort
+from motorpool.agent.signals.source import AlwaysParked, NoSignals, SignalSource
+from motorpool.bus import VehicleLink
+from motorpool.core.guard import Policy
+from motorpool.core.vehicle import VehicleMachine
+from motorpool.core.vehicle_events import VehicleConfig
+from motorpool.trust.credentials import load_credentials
+
+log = logging.getLogger(__name__)
+
+CONNECTING_AT_ONCE: Final = 32  # of many vehicles in one process
+PARKED_GUARD_INTERVAL_MS: Final = 1_000
+STALL_MS: Final = 300_000  # without a sign of life from an engine that holds attempts: a starved one is no use either
+REMOTE_STALL_MS: Final = round(REMOTE_SILENCE_S * 1000) + 60_000  # it bounds the silence of its server by itself
+LOOKS_A_PERMIT: Final = 8  # a permit outlives this many looks of the guard that did not come
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that one agent needs.
+
+    ``car`` is the simulated car that it is in. None is a vehicle without signals: ``run_agent`` then never gets a
+    permit, while ``run_many`` takes it for one that is always parked and plugged in.
+    """
+
+    agent_dir: Path
+    credentials_path: Path
+    consent_path: Path
+    owner_public_key_path: Path
+    engine: EngineSpec
+    policy: Policy = Policy()
+    car: CarSpec | None = CarSpec()
+    region: str = "local"
+    state_interval_ms: int = 5_000
+    guard_interval_ms: int = GUARD_INTERVAL_MS
+    freeze_grace_ms: int = 5_000
+
+    def machine_config(self) -> VehicleConfig:
+        """The bounds and times of the vehicle machine."""
+        return VehicleConfig(
+            model=self.engine.model,
+            region=self.region,
+            state_interval_ms=self.state_interval_ms,
+            freeze_grace_ms=self.freeze_grace_ms,
+            stall_ms=REMOTE_STALL_MS if self.engine.backend is Backend.REMOTE else STALL_MS,
+        )
+
+
+async def run_agent(config: AgentConfig, stop: asyncio.Event | None = None) -> None:
+    """Run one agent until ``stop`` is set, or until SIGTERM or SIGINT if there is none.
+
+    Raises SetupError or TrustError when its credentials cannot be read.
+    """
+    with _stopping(stop) as stopped:
+        await _run_one(config, stopped, NoSignals(), None)
+
+
+async def run_many(configs: list[AgentConfig], stop: asyncio.Event | None = None) -> None:
+    """Run many agents in this process, each with its own connection; for benchmarks and simulated fleets.
+
+    A vehicle that is always parked is looked at once a second at most: nothing about it can change but its consent.
+    """
+    gate = asyncio.Semaphore(CONNECTING_AT_ONCE)
+    with _stopping(stop) as stopped:
+        async with asyncio.TaskGroup() as group:
+            for config in configs:
+                group.create_task(_run_one(_looked_at_seldom(config), stopped, AlwaysParked(), gate))
+
+
+def _looked_at_seldom(config: AgentConfig) -> AgentConfig:
+    if config.car is not None:
+        return config
+    interval_ms = max(config.guard_interval_ms, PARKED_GUARD_INTERVAL_MS)
+    return msgspec.structs.replace(config, guard_interval_ms=interval_ms)
+
+
+async def _run_one(
+    config: AgentConfig, stopped: asyncio.Event, without_car: SignalSource, gate: asyncio.Semaphore | None
+) -> None:
+    credentials = load_credentials(config.credentials_path)
+    clock = Clock()
+    machine = VehicleMachine(config.machine_config(), incarnation=secrets.token_hex(8))
+    source = without_car
+    port: OwnerPort | None = None
+    if config.car is not None:
+        car = SimulatedCar(config.car, clock(), drawn_w=lambda: float(machine.watts_now_w))
+        source = car
+        port = OwnerPort(config.agent_dir, car, clock)
+        await port.start()
+    permit_ms = max(config.policy.permit_ms, LOOKS_A_PERMIT * config.guard_interval_ms)
+    loop = AgentLoop(
+        name=credentials.vehicle_id,
+        machine=machine,
+        engine=build_engine(config.engine),
+        source=source,
+        consent=ConsentFile(config.consent_path, config.owner_public_key_path, credentials.vehicle_id).view,
+        policy=msgspec.structs.replace(config.policy, permit_ms=permit_ms),
+        clock=clock,
+        guard_interval_ms=config.guard_interval_ms,
+    )
+
+    async def connect(on_down: Callable[[bytes], None], on_link: Callable[[bool], None]) -> Link:
+        if gate is None:
+            return await VehicleLink.connect(credentials, on_down, on_link)
+        async with gate:
+            return await VehicleLink.connect(credentials, on_down, on_link)
+
+    async def wait_for_stop() -> None:
+        await stopped.wait()
+        loop.stop()
+
+    waiting = asyncio.create_task(wait_for_stop())
+    try:
+        await loop.run(connect)
+    finally:
+        waiting.cancel()
+        if port is not None:
+            await port.close()
+
+
+@contextmanager
+def _stopping(stop: asyncio.Event | None) -> Iterator[asyncio.Event]:
+    """The event that ends the agent: the caller's, or one that SIGTERM and SIGINT set."""
+    if stop is not None:
+        yield stop
+        return
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        yield stopped
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

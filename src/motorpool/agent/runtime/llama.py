@@ -1,0 +1,135 @@
+"""llama.cpp, through the module ``xllamacpp``: whole models on the processor, several requests at once.
+
+Decides: how the model is loaded and which attempt gets a slot. Must not: run in the agent's process, listen on a port,
+write requests to its log. Called by: ``host``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import platform
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from motorpool.agent.runtime.answer import fingerprint
+from motorpool.agent.runtime.backend import Emit
+from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Ready, Work
+from motorpool.agent.runtime.llama_run import Model, Run
+from motorpool.agent.runtime.llama_socket import SocketFolder
+from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.errors import EngineError, ModelFileError, SetupError
+
+_SPEAKS: Final = frozenset({"avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"})
+
+
+class LlamaBackend:
+    """One model with ``slots`` attempts at a time, each in a thread that mostly waits for llama.cpp."""
+
+    def __init__(self, spec: EngineSpec, emit: Emit) -> None:
+        self._spec = spec
+        self._emit = emit
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(max_workers=spec.slots, thread_name_prefix="slot")
+        self._model: Model | None = None
+        self._queue: deque[Work] = deque()
+        self._running: dict[str, Run] = {}
+
+    async def load(self) -> Ready:
+        """Check the file's hash and load it."""
+        self._model = await self._loop.run_in_executor(self._threads, _load, self._spec)
+        self._fill()
+        return Ready(
+            model=self._spec.model,
+            slots=self._spec.slots,
+            context_tokens=self._spec.context_tokens,
+            fingerprint=self._model.fingerprint,
+        )
+
+    def submit(self, work: list[Work]) -> None:
+        """Queue attempts."""
+        self._queue.extend(work)
+        self._fill()
+
+    def cancel(self, keys: list[str]) -> None:
+        """Stop attempts: queued ones now, running ones at their next token."""
+        wanted = set(keys)
+        queued = [work.key for work in self._queue if work.key in wanted]
+        if queued:
+            self._queue = deque(work for work in self._queue if work.key not in wanted)
+            self._emit([Cancelled(key=key) for key in queued])
+        for key in wanted & self._running.keys():
+            self._running[key].cancelled = True
+
+    def _fill(self) -> None:
+        while self._model is not None and self._queue and len(self._running) < self._spec.slots:
+            work = self._queue.popleft()
+            run = Run(self._model, work, self._post)
+            self._running[work.key] = run
+            self._loop.run_in_executor(self._threads, run.run).add_done_callback(
+                lambda _done, key=work.key: self._over(key)  # type: ignore[misc]  # the default binds the key
+            )
+
+    def _post(self, events: list[EngineEvent]) -> None:
+        """From a worker thread."""
+        self._loop.call_soon_threadsafe(self._emit, events)
+
+    def _over(self, key: str) -> None:
+        del self._running[key]
+        self._fill()
+
+
+def _load(spec: EngineSpec) -> Model:
+    """Load the model; raise ModelFileError if the file is not the one that the catalogue names."""
+    path = Path(spec.model_path)
+    remedy = f"fetch it with: motorpool models pull {spec.model} --force"
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelFileError(f"the model file {path} cannot be read ({error.strerror}); {remedy}") from error
+    if spec.model_sha256 and digest != spec.model_sha256:
+        raise ModelFileError(f"the model file {path} is not the one that the catalogue names; {remedy}")
+    try:
+        import xllamacpp  # noqa: PLC0415  # a hundred megabytes that only this process needs
+    except ImportError as error:
+        raise SetupError("the llama engine is not installed; install it with: pip install motorpool[llama]") from error
+    folder = SocketFolder()
+    try:
+        server = xllamacpp.Server(_parameters(xllamacpp.CommonParams(), spec, folder.path))
+    except RuntimeError as error:
+        folder.remove()
+        raise EngineError(f"llama.cpp cannot load the model file {path}; {remedy}") from error
+    name = fingerprint("llama.cpp", xllamacpp.__version__, digest, platform.machine(), *_instructions())
+    return Model(spec=spec, server=server, socket=folder.hide(), fingerprint=name)
+
+
+def _parameters(params: Any, spec: EngineSpec, socket_path: str) -> Any:
+    params.model.path = spec.model_path
+    params.hostnames = [socket_path]
+    params.n_parallel = spec.slots
+    params.n_ctx = spec.slots * spec.context_tokens
+    params.cpuparams.n_threads = spec.threads
+    params.cpuparams_batch.n_threads = spec.threads
+    params.n_gpu_layers = 0
+    params.fit_params = False  # it would make the context smaller on its own account
+    params.cache_ram_mib = 0  # the owner's memory: no store of old prompts beside the slots
+    params.warmup = False
+    params.ui = False
+    params.endpoint_slots = False
+    params.verbosity = 0  # from 1 on, grammars and prompts reach the log
+    return params
+
+
+def _instructions() -> list[str]:
+    """The processor's instruction sets that change the last bits of a product."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return []
+    flags = next(
+        (line.split(":", 1)[1].split() for line in lines if line.lower().startswith(("flags", "features"))), []
+    )
+    return sorted(_SPEAKS.intersection(flags))

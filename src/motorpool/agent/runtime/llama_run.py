@@ -1,0 +1,413 @@
+"""One attempt on llama.cpp, from the request body to the final event. Runs in a worker thread.
+
+Decides: how a request becomes a generation, and how an answer that was begun elsewhere is continued. Must not: touch
+the event loop; ``post`` does. Called by: ``llama``.
+
+Where a continued answer is byte for byte the unbroken greedy one: chat and text completions without ``response_format``
+and tools, whose checkpoint has the id of every token. The prompt is then the same template text followed by exactly
+the tokens that were generated. Three things bound this:
+
+* llama.cpp computes the carried tokens in one batch instead of one by one, so logits differ in their last bits; two
+  tokens that are that close may change places. The same holds for other requests in the same batch and for vehicles
+  with another processor (their fingerprint differs).
+* Without all ids (``-1`` in the checkpoint, or ids whose text is not the carried text) the text itself is continued;
+  it may be cut into other tokens than the ones that were generated.
+* Under ``response_format`` and with tools the carried text goes to llama.cpp as the beginning of the assistant's
+  message, because only so does its grammar stand where the text ends. The result is valid JSON, but tokens under a
+  grammar are often not those that the tokenizer would choose, so the rest may differ from the unbroken run.
+
+With a temperature above 0 the continuation is drawn anew, as the state of the random numbers is not carried. Requests
+for several choices are not continued; they start again. A tool call that had begun starts again after the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from motorpool.agent.runtime import answer
+from motorpool.agent.runtime.answer import Choice, Entry
+from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Progressed, Work
+from motorpool.agent.runtime.flow import Flow, Piece
+from motorpool.agent.runtime.llama_chunks import CHUNK, Chunk, TokenCount
+from motorpool.agent.runtime.llama_socket import LlamaSocket, refusal
+from motorpool.agent.runtime.request import Body, ChatBody, parse, stops_of
+from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.errors import CallerError, EngineError, MotorpoolError
+from motorpool.types import Usage
+from motorpool.wire import Checkpoint, Delta
+
+_SAMPLING: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
+_TOOLS: Final = ("tools", "tool_choice", "parallel_tool_calls")
+_SEED_BITS: Final = 0xFFFF_FFFF
+
+
+class Server(Protocol):
+    """What is used of xllamacpp's server."""
+
+    def handle_completions(self, prompt: bytes, res: Callable[[bytes], bool]) -> object:
+        """Run a text completion; the callback gets JSON and stops the generation by returning True."""
+
+    def handle_chat_completions(self, prompt: bytes, res: Callable[[bytes], bool]) -> object:
+        """Run a chat completion in the same way."""
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """What all attempts of one loaded model share."""
+
+    spec: EngineSpec
+    server: Server
+    socket: LlamaSocket
+    fingerprint: str
+
+
+class _Cancelled(Exception):  # noqa: N818  # no error: it carries the news through llama.cpp's callback
+    """The attempt is not wanted any more."""
+
+
+class Run:
+    """One attempt."""
+
+    def __init__(self, model: Model, work: Work, post: Callable[[list[EngineEvent]], None]) -> None:
+        self._model = model
+        self._work = work
+        self._post = post
+        self.cancelled = False
+
+    def run(self) -> None:
+        """Run to the end and post the final event, whatever it is."""
+        key = self._work.key
+        try:
+            self._post([self._answer()])
+        except _Cancelled:
+            self._post([Cancelled(key=key)])
+        except CallerError as error:
+            self._post([answer.failed(key, error)])
+        except MotorpoolError as error:
+            self._post([answer.failed(key, _broken(error.message))])
+        except Exception as error:  # noqa: BLE001  # a foreign library may raise anything; the attempt must end
+            self._post([answer.failed(key, _broken(f"llama.cpp failed: {type(error).__name__}"))])
+
+    def _answer(self) -> EngineEvent:
+        body = parse(self._work.kind, self._work.body)
+        if isinstance(body, ChatBody) and body.tools and body.logprobs:
+            raise CallerError(
+                "logprobs cannot be had together with tools on this model", code="unsupported_value", param="logprobs"
+            )
+        prompts = [self._template(body)] if isinstance(body, ChatBody) else body.prompts
+        several = len(prompts) * (body.n or 1) > 1
+        carried = None if several else answer.carried(self._work)
+        if not all(prompts):
+            raise CallerError("prompt is empty", code="invalid_value", param="prompt")
+        choices: list[Choice] = []
+        usage = Usage()
+        for prompt in prompts:
+            for repeat in range(body.n or 1):
+                generation = _Generation(self, body, prompt, len(choices), repeat)
+                choices.append(generation.run(carried))
+                usage = Usage(
+                    prompt_tokens=usage.prompt_tokens + (generation.prompt_tokens if repeat == 0 else 0),
+                    completion_tokens=usage.completion_tokens + generation.tokens,
+                    cached_tokens=usage.cached_tokens + (generation.cached_tokens if repeat == 0 else 0),
+                    carried_tokens=0 if carried is None else generation.carried_tokens,
+                )
+        return answer.finished(self._work, self._model.spec.model, self._model.fingerprint, choices, usage)
+
+    def _template(self, body: ChatBody) -> str:
+        """The prompt; raise CallerError for tools that the model would never hear of."""
+        messages = msgspec.json.encode(body.messages)
+        extra = {} if body.chat_template_kwargs is None else {"chat_template_kwargs": body.chat_template_kwargs}
+        plain = self._model.socket.template(messages, extra)
+        if not body.tools or body.tool_choice == "none":
+            return plain
+        tools = {name: getattr(body, name) for name in _TOOLS if getattr(body, name) is not None}
+        try:
+            prompt = self._model.socket.template(messages, extra | tools)
+        except EngineError as error:  # llama.cpp takes malformed tools for a failure of its own
+            raise CallerError("tools cannot be read", code="invalid_value", param="tools") from error
+        if prompt == plain:
+            raise CallerError("this model knows no tools", code="unsupported_parameter", param="tools")
+        return prompt
+
+    @property
+    def model(self) -> Model:
+        """The model that it runs on."""
+        return self._model
+
+    @property
+    def work(self) -> Work:
+        """What is to be run."""
+        return self._work
+
+    def progress(self, delta: Delta) -> None:
+        """Tell what is new."""
+        self._post([Progressed(key=self._work.key, deltas=[delta])])
+
+
+class _Generation:
+    """One choice of an attempt."""
+
+    def __init__(self, run: Run, body: Body, prompt: str | list[int], index: int, repeat: int) -> None:
+        self._run = run
+        self._body = body
+        self._prompt = prompt
+        self._index = index
+        self._repeat = repeat
+        self._socket = run.model.socket
+        self._entries: list[Entry] = []
+        self._tools: dict[int, dict[str, Any]] = {}
+        self._count = TokenCount(lambda text: self._socket.tokens(text, prompt=False), body.top)
+        self._flow = Flow(stops_of(body))
+        self._reason: str | None = None
+        self._error: dict[str, Any] | None = None
+        self._failure: Exception | None = None
+        self._made = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.carried_tokens = 0
+        self.tokens = 0
+
+    def run(self, carried: Checkpoint | None) -> Choice:
+        """Generate; return the whole choice."""
+        ids: list[int] = []
+        if carried is not None:
+            ids = self._resume(carried)
+        limit = self._body.limit_tokens
+        left = None if limit is None else limit - self.carried_tokens
+        if self._flow.stopped:
+            self._reason = "stop"
+        elif left is not None and left <= 0:
+            self._reason = "length"
+        else:
+            self._generate(carried, ids, left)
+        if self.prompt_tokens == 0:
+            self.prompt_tokens = self._count_prompt()
+        self._give_out(self._flow.end(), self._finish_reason())
+        return Choice(
+            index=self._index,
+            text=self._flow.text,
+            finish_reason=self._finish_reason(),
+            entries=None if self._body.top is None else self._entries,
+            tool_calls=[self._tools[at] for at in sorted(self._tools)] or None,
+            echo=self._echo(),
+        )
+
+    def _resume(self, carried: Checkpoint) -> list[int]:
+        """Take over what was generated before; return its ids if they can be continued exactly."""
+        self._flow = Flow(stops_of(self._body), carried.text)
+        self._entries = answer.unpack_entries(carried.logprobs)
+        self.carried_tokens = self.tokens = carried.tokens
+        ids = carried.token_ids
+        if self._shaped or not ids or len(ids) != carried.tokens or min(ids) < 0:
+            return []
+        try:
+            return ids if self._socket.text(ids) == carried.text else []
+        except MotorpoolError:  # ids that this model does not have
+            return []
+
+    @property
+    def _shaped(self) -> bool:
+        """Whether a grammar or a tool parser is at work, which only the chat route of llama.cpp has."""
+        body = self._body
+        if not isinstance(body, ChatBody):
+            return False
+        return bool(body.tools) or (body.response_format or {}).get("type", "text") != "text"
+
+    def _generate(self, carried: Checkpoint | None, ids: list[int], left: int | None) -> None:
+        text = "" if carried is None else carried.text
+        request: dict[str, Any] = {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "timings_per_token": True,
+            "cache_prompt": True,
+        }
+        if left is not None:
+            request["max_tokens"] = left
+        for name in _SAMPLING:
+            value = getattr(self._body, name)
+            if value is not None:
+                request[name] = value
+        if self._body.seed is not None:
+            request["seed"] = (self._body.seed + self._repeat) & _SEED_BITS
+        tops = max(1, self._body.top or 0)  # one at least, as the ids of the tokens come with the logprobs
+        server = self._run.model.server
+        if self._shaped:
+            request |= self._shape(text)
+            if "tools" not in request:  # llama.cpp does not stream both; the ids stay unknown then
+                request |= {"logprobs": True, "top_logprobs": tops}
+            self._call(server.handle_chat_completions, request)
+        else:
+            request |= {"prompt": self._continued(text, ids), "logprobs": tops}
+            self._call(server.handle_completions, request)
+        self._settle(len(ids), exact=bool(ids) or carried is None)
+
+    def _continued(self, text: str, ids: list[int]) -> str | list[Any]:
+        if not text:
+            return self._prompt
+        if isinstance(self._prompt, str):
+            return [self._prompt, *ids] if ids else self._prompt + text
+        rest: list[Any] = list(ids) if ids else [text]
+        return [*self._prompt, *rest]
+
+    def _shape(self, text: str) -> dict[str, Any]:
+        """The fields of the chat route."""
+        assert isinstance(self._body, ChatBody)
+        messages = list(self._body.messages)
+        if text:
+            messages.append({"role": "assistant", "content": text})
+        fields: dict[str, Any] = {"messages": messages}
+        for name in (*_TOOLS, "chat_template_kwargs"):
+            if getattr(self._body, name) is not None:
+                fields[name] = getattr(self._body, name)
+        if self._body.response_format is not None:
+            fields["response_format"] = closed(self._body.response_format)
+        return fields
+
+    def _call(self, handle: Callable[[bytes, Callable[[bytes], bool]], object], request: dict[str, Any]) -> None:
+        if self._run.cancelled:
+            raise _Cancelled
+        try:
+            handle(msgspec.json.encode(request), self._on_chunk)
+        except (ValueError, RuntimeError) as error:  # what xllamacpp raises for a request that llama.cpp refuses
+            param = "response_format" if self._shaped and not getattr(self._body, "tools", None) else None
+            raise refusal(str(error), param) from error
+        if self._run.cancelled:
+            raise _Cancelled
+        if self._failure is not None:
+            raise self._failure
+        if self._reason is None and self._error is None and not self._flow.stopped:
+            raise EngineError("llama.cpp ended an answer without a reason")
+
+    def _on_chunk(self, data: bytes) -> bool:
+        """Called by xllamacpp for every token. It drops exceptions, so they are kept until it has returned."""
+        try:
+            return self._read(CHUNK.decode(data))
+        except Exception as error:  # noqa: BLE001  # whatever it is, ``_call`` raises it
+            self._failure = error
+            return True
+
+    def _read(self, chunk: Chunk) -> bool:
+        """Take in a chunk; return whether the generation shall stop."""
+        if chunk.error is not None:
+            self._error = chunk.error
+            return True
+        if chunk.timings is not None:
+            self.prompt_tokens = chunk.timings.cache_n + chunk.timings.prompt_n
+            self.cached_tokens = chunk.timings.cache_n
+        if chunk.usage is not None:
+            self._made = chunk.usage.completion_tokens
+        if chunk.choices:
+            self._take(chunk)
+        return self._run.cancelled or self._flow.stopped
+
+    def _take(self, chunk: Chunk) -> None:
+        choice = chunk.choices[0]
+        piece = self._count.piece(chunk)
+        if piece is not None:
+            self._give_out(self._flow.feed(piece), None)
+        for call in choice.delta.tool_calls or []:
+            answer.merge_tool_call(self._tools, call)
+        if choice.finish_reason is not None:
+            self._reason = choice.finish_reason
+
+    def _give_out(self, pieces: list[Piece], finish_reason: str | None) -> None:
+        if not pieces and finish_reason is None:
+            return
+        entries = [entry for piece in pieces for entry in piece.entries]
+        ids = [number for piece in pieces for number in piece.ids]
+        self._entries += entries
+        self.tokens += len(ids)
+        self._run.progress(
+            Delta(
+                index=self._index,
+                text="".join(piece.text for piece in pieces),
+                token_ids=ids,
+                logprobs=answer.pack_entries(entries),
+                finish_reason=finish_reason,
+            )
+        )
+
+    def _settle(self, carried_ids: int, *, exact: bool) -> None:
+        """Bring the counts of one run of llama.cpp to those of the whole answer."""
+        if self._error is not None:
+            if self._error.get("type") != "exceed_context_size_error":
+                raise self._refused(self._error)
+            if self.carried_tokens == 0:
+                count, room = (int(self._error.get(name, 0)) for name in ("n_prompt_tokens", "n_ctx"))
+                raise answer.context_length_exceeded(self._run.work.kind, count, room)
+            self._reason = "length"  # an unbroken run would have ended here too: the context is full
+        if exact and self.prompt_tokens:
+            self.prompt_tokens -= carried_ids
+        else:
+            self.prompt_tokens = self._count_prompt()
+        self.cached_tokens = min(self.cached_tokens, self.prompt_tokens)
+        if self._reason == "length" or self._tools:  # a call's tokens leave no text either
+            rest = self._count.rest(self._made)
+            if rest:
+                self._give_out([Piece(text="", ids=rest, entries=[])], None)
+
+    def _refused(self, error: dict[str, Any]) -> MotorpoolError:
+        if int(error.get("code", 500)) < 500:
+            return refusal(error, "response_format" if self._shaped else None)
+        return EngineError("llama.cpp failed")
+
+    def _count_prompt(self) -> int:
+        if isinstance(self._prompt, str):
+            return len(self._socket.tokens(self._prompt, prompt=True))
+        return len(self._prompt)
+
+    def _finish_reason(self) -> str:
+        return "stop" if self._flow.stopped else self._reason or "stop"
+
+    def _echo(self) -> str:
+        if not getattr(self._body, "echo", False):
+            return ""
+        return self._prompt if isinstance(self._prompt, str) else self._socket.text(self._prompt)
+
+
+def closed(response_format: dict[str, Any]) -> dict[str, Any]:
+    """The same format with objects that have no further properties, unless the schema speaks of them.
+
+    Every instance stays valid, and a small model does not go on inventing properties.
+    """
+    outer = response_format.get("json_schema")
+    if not isinstance(outer, dict) or not isinstance(outer.get("schema"), dict):
+        return response_format
+    return response_format | {"json_schema": outer | {"schema": _close(outer["schema"])}}
+
+
+def _close(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_close(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # Names of properties and values of enum and const are data, not schemas.
+    out = {
+        key: ({name: _close(part) for name, part in value.items()} if _names_schemas(key, value) else _close(value))
+        if key not in {"enum", "const", "default", "examples", "required"}
+        else value
+        for key, value in schema.items()
+    }
+    if "properties" in out and "additionalProperties" not in out and not {"allOf", "anyOf", "oneOf"} & set(out):
+        out["additionalProperties"] = False
+    return out
+
+
+def _names_schemas(key: str, value: Any) -> bool:
+    return key in {"properties", "$defs", "definitions", "patternProperties"} and isinstance(value, dict)
+
+
+def _broken(message: str) -> MotorpoolError:
+    """An error of ours, not of the request: status 500."""
+    return MotorpoolError(message, code="engine_error")

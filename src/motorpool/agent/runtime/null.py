@@ -1,0 +1,288 @@
+"""The null engine: deterministic words at a set rate, for tests, benchmarks and simulated fleets.
+
+Decides: when each token leaves. Must not: decide what it says (``null_answer`` does).
+Called by: ``host`` in a child process, and as ``InlineNullEngine`` by whoever wants thousands of engines in a process.
+
+Time is engine time: it advances with the clock but never by more than ``MAX_STEP_S`` at once and not while frozen, so
+that a process which was stopped does not find its work done when it goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final
+
+from motorpool.agent.runtime import answer, null_answer
+from motorpool.agent.runtime.backend import Emit
+from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished, OnEvents, Progressed, Ready, Work
+from motorpool.agent.runtime.meter import BusyMeter
+from motorpool.agent.runtime.null_answer import Plan, Quick
+from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.errors import EngineError, MotorpoolError
+from motorpool.wire import Delta
+
+MAX_STEP_S: Final = 0.25
+GATHER_S: Final = 0.02  # deltas that nobody streams are gathered for this long
+CHUNK: Final = 256  # requests that are answered before the loop may look at something else
+
+
+class NullBackend:
+    """Runs attempts in the calling event loop."""
+
+    def __init__(self, spec: EngineSpec, emit: Emit) -> None:
+        self._spec = spec
+        self._emit = emit
+        self._quick = Quick(spec)
+        self._queue: deque[Work] = deque()
+        self._running: dict[str, _Run] = {}
+        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._clock_s = 0.0
+        self._seen_s = 0.0
+        self._frozen = False
+
+    async def load(self) -> Ready:
+        """There is nothing to load."""
+        return Ready(
+            model=self._spec.model,
+            slots=self._spec.slots,
+            context_tokens=self._spec.context_tokens,
+            fingerprint=null_answer.name_of(self._spec),
+        )
+
+    def submit(self, work: list[Work]) -> None:
+        """Queue attempts."""
+        self._queue.extend(work)
+        self._wake(0)
+
+    def cancel(self, keys: list[str]) -> None:
+        """Drop attempts, running or queued."""
+        wanted = set(keys)
+        gone = [key for key in self._running if key in wanted]
+        for key in gone:
+            del self._running[key]
+        queued = [work.key for work in self._queue if work.key in wanted]
+        if queued:
+            self._queue = deque(work for work in self._queue if work.key not in wanted)
+        self._emit([Cancelled(key=key) for key in gone + queued])
+        self._wake(0)
+
+    def freeze(self) -> None:
+        """Stop engine time. For the engine in this process; a hosted one is stopped with its process."""
+        self._tick()
+        self._frozen = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def thaw(self) -> None:
+        """Let engine time go on."""
+        self._frozen = False
+        self._seen_s = asyncio.get_running_loop().time()
+        self._wake(0)
+
+    def close(self) -> None:
+        """Drop everything without a word."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._queue.clear()
+        self._running.clear()
+        self._frozen = True
+
+    def _wake(self, delay_s: float) -> None:
+        """Look at the work in ``delay_s``; an earlier appointment stays, a later one is moved."""
+        if self._frozen or not (self._queue or self._running):
+            return
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            if not isinstance(self._timer, asyncio.TimerHandle) or self._timer.when() <= loop.time() + delay_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_later(delay_s, self._pump) if delay_s > 0 else loop.call_soon(self._pump)
+
+    def _tick(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._clock_s += min(max(0.0, now_s - self._seen_s), MAX_STEP_S)
+        self._seen_s = now_s
+
+    def _pump(self) -> None:
+        self._timer = None
+        if self._spec.rate_tokens_per_s <= 0:
+            self._emit(self._rush())
+            self._wake(0)
+            return
+        self._tick()
+        events: list[EngineEvent] = []
+        self._advance(events)
+        self._fill(events)
+        if events:
+            self._emit(events)
+        if self._running:
+            self._wake(self._next_s())
+
+    def _rush(self) -> list[EngineEvent]:
+        """Answer up to CHUNK attempts at once."""
+        events: list[EngineEvent] = []
+        for _ in range(min(CHUNK, len(self._queue))):
+            work = self._queue.popleft()
+            quick_or_run = self._begin(work, 0.0, quick=True)
+            if isinstance(quick_or_run, Finished):
+                events.append(quick_or_run)
+                continue
+            run = quick_or_run
+            if work.stream:
+                events.extend(run.progress(run.left) or run.closing())
+            events.append(null_answer.finish(self._spec, run.plan))
+        return events
+
+    def _begin(self, work: Work, started_s: float, *, quick: bool = False) -> _Run | Finished:
+        """An attempt that can run, or its end: the quick answer, or what is wrong with it."""
+        try:
+            done = self._quick.finish(work) if quick else None
+            return done or _Run(null_answer.plan(self._spec, work), started_s)
+        except MotorpoolError as error:
+            return answer.failed(work.key, error)
+        except Exception as error:  # noqa: BLE001  # whatever a body makes of us, its attempt ends and no other does
+            trouble = MotorpoolError(f"the null engine failed: {type(error).__name__}", code="engine_error")
+            return answer.failed(work.key, trouble)
+
+    def _fill(self, events: list[EngineEvent]) -> None:
+        """Start queued attempts in free slots."""
+        while self._queue and len(self._running) < self._spec.slots:
+            work = self._queue.popleft()
+            run = self._begin(work, self._clock_s)
+            if isinstance(run, Finished):
+                events.append(run)
+                continue
+            if run.left == 0:
+                events.extend(run.closing())
+                events.append(null_answer.finish(self._spec, run.plan))
+                continue
+            self._running[work.key] = run
+
+    def _advance(self, events: list[EngineEvent]) -> None:
+        """Give out the tokens that are due."""
+        rate = self._spec.rate_tokens_per_s
+        for key, run in list(self._running.items()):
+            due = min(int((self._clock_s - run.started_s) * rate + 1e-6), run.left) - run.given
+            if due > 0:
+                events.extend(run.progress(due))
+            if run.given >= run.left:
+                del self._running[key]
+                events.append(null_answer.finish(self._spec, run.plan))
+
+    def _next_s(self) -> float:
+        """Seconds of engine time until something is due."""
+        rate = self._spec.rate_tokens_per_s
+        waits = []
+        for run in self._running.values():
+            token = run.started_s + (run.given + 1) / rate
+            end = run.started_s + run.left / rate
+            soonest = token if run.plan.work.stream else min(end, max(token, self._clock_s + GATHER_S))
+            waits.append(soonest)
+        return max(0.0005, min(min(waits) - self._clock_s, MAX_STEP_S))
+
+
+class _Run:
+    """One attempt under way. ``left`` tokens are to be given out here, ``given`` of them were."""
+
+    def __init__(self, plan: Plan, started_s: float) -> None:
+        self.plan = plan
+        self.started_s = started_s
+        self.left = plan.total - plan.carried
+        self.given = 0
+
+    def progress(self, count: int) -> list[EngineEvent]:
+        """The next ``count`` tokens."""
+        deltas: list[Delta] = []
+        first = self.plan.carried + self.given
+        last = first + count
+        at = 0
+        for index, pieces in enumerate(self.plan.choices):
+            part = pieces[max(0, first - at) : max(0, last - at)]
+            at += len(pieces)
+            if not part:
+                continue
+            deltas.append(
+                Delta(
+                    index=index,
+                    text="".join(piece.text for piece in part),
+                    token_ids=[number for piece in part for number in piece.ids],
+                    logprobs=answer.pack_entries([entry for piece in part for entry in piece.entries]),
+                    finish_reason=self.plan.reasons[index] if last >= at else None,
+                )
+            )
+        self.given += count
+        return [Progressed(key=self.plan.work.key, deltas=deltas)] if deltas else []
+
+    def closing(self) -> list[EngineEvent]:
+        """The end of an answer to which nothing is left to add."""
+        reasons = enumerate(self.plan.reasons)
+        deltas = [Delta(index=index, text="", finish_reason=reason) for index, reason in reasons]
+        return [Progressed(key=self.plan.work.key, deltas=deltas)]
+
+
+class InlineNullEngine:
+    """The null engine in the caller's process, behind the protocol of every engine."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._backend: NullBackend | None = None
+        self._on_events: OnEvents | None = None
+        self._meter = BusyMeter(spec.slots)
+
+    async def start(self, on_events: OnEvents) -> None:
+        """Be ready at once."""
+        if self._backend is not None:
+            raise EngineError("the engine is already started")
+        backend = NullBackend(self._spec, self._deliver)
+        self._backend, self._on_events = backend, on_events
+        self._meter = BusyMeter(self._spec.slots)
+        self._meter.run()
+        on_events([await backend.load()])
+
+    def submit(self, work: list[Work]) -> None:
+        """Queue attempts."""
+        if self._backend is None:
+            raise EngineError("the engine is not started")
+        self._meter.add(len(work))
+        self._backend.submit(work)
+
+    def cancel(self, keys: list[str]) -> None:
+        """Drop attempts."""
+        if self._backend is not None:
+            self._backend.cancel(keys)
+
+    def freeze(self) -> None:
+        """Stop at once."""
+        if self._backend is not None:
+            self._backend.freeze()
+            self._meter.stop()
+
+    def thaw(self) -> None:
+        """Go on."""
+        if self._backend is not None:
+            self._backend.thaw()
+            self._meter.run()
+
+    def kill(self) -> None:
+        """Drop everything."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+            self._on_events = None
+            self._meter.clear()
+
+    def busy_ms(self) -> int:
+        """Slot-seconds spent on attempts, divided by the slots."""
+        return self._meter.busy_ms()
+
+    async def close(self) -> None:
+        """Kill."""
+        self.kill()
+
+    def _deliver(self, events: list[EngineEvent]) -> None:
+        self._meter.count(events)
+        if self._on_events is not None and events:
+            self._on_events(events)

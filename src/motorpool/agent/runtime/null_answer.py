@@ -1,0 +1,247 @@
+"""What the null engine says: a pure function of the kind and the body.
+
+Decides: the tokens of every answer. Must not: keep time or state; ``null`` does. Called by: ``null``.
+
+Token ``i`` of choice ``c`` is a word picked by a hash of the body, ``c`` and ``i``. The answer does not depend on when,
+where or in how many parts it was made, so a continued answer is byte for byte the unbroken one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final
+
+import msgspec
+
+from motorpool.agent.runtime import answer
+from motorpool.agent.runtime.answer import Choice, Entry
+from motorpool.agent.runtime.engine import Finished, Work
+from motorpool.agent.runtime.flow import Flow, Piece
+from motorpool.agent.runtime.instance import minimal_instance
+from motorpool.agent.runtime.request import Body, ChatBody, parse, stops_of
+from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.types import Kind, Usage
+from motorpool.wire import Checkpoint
+
+_ONSETS: Final = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
+_RIMES: Final = ("a", "e", "i", "o", "u", "al", "en", "ir", "on", "um", "ak", "el", "is", "or", "un", "ai")
+WORDS: Final = tuple(onset + rime for onset in _ONSETS for rime in _RIMES)
+_BLOCK: Final = 64  # tokens from one hash
+_JSON_PIECE_CHARS: Final = 4
+
+
+class Plan(msgspec.Struct, kw_only=True):
+    """The whole answer of one attempt, before any of it is given out.
+
+    ``choices`` holds the pieces of each choice, ``carried`` of the first one were given out by earlier vehicles.
+    """
+
+    work: Work
+    choices: list[list[Piece]]
+    reasons: list[str]
+    prompt_tokens: int
+    carried: int
+    logprobs: bool
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole answer, over all choices."""
+        return sum(len(pieces) for pieces in self.choices)
+
+
+def name_of(spec: EngineSpec) -> str:
+    """The fingerprint: equal for all null engines, whatever their rate, as their answers are equal."""
+    return answer.fingerprint("null", 1, spec.model, spec.default_tokens)
+
+
+def plan(spec: EngineSpec, work: Work) -> Plan:
+    """Read the body and decide every token; raise CallerError if it cannot be run."""
+    body = parse(work.kind, work.body)
+    prompt_tokens = _count(body)
+    if prompt_tokens > spec.context_tokens:
+        raise answer.context_length_exceeded(work.kind, prompt_tokens, spec.context_tokens)
+    choices, reasons = [], []
+    prompts = 1 if isinstance(body, ChatBody) else len(body.prompts)
+    for index in range((body.n or 1) * prompts):
+        pieces, reason = _choice(spec, work, body, index)
+        choices.append(pieces)
+        reasons.append(reason)
+    checkpoint = answer.carried(work) if len(choices) == 1 else None
+    carried = 0 if checkpoint is None else _carried(checkpoint, choices[0])
+    return Plan(
+        work=work,
+        choices=choices,
+        reasons=reasons,
+        prompt_tokens=prompt_tokens,
+        carried=carried,
+        logprobs=body.top is not None,
+    )
+
+
+def finish(spec: EngineSpec, made: Plan) -> Finished:
+    """The final event of a planned answer."""
+    usage = Usage(prompt_tokens=made.prompt_tokens, completion_tokens=made.total, carried_tokens=made.carried)
+    choices = [
+        Choice(
+            index=index,
+            text="".join(piece.text for piece in pieces),
+            finish_reason=reason,
+            entries=[entry for piece in pieces for entry in piece.entries] if made.logprobs else None,
+        )
+        for index, (pieces, reason) in enumerate(zip(made.choices, made.reasons, strict=True))
+    ]
+    return answer.finished(made.work, spec.model, name_of(spec), choices, usage)
+
+
+class Quick:
+    """The whole answer of a plain request at once, as bytes; None if the request needs a ``Plan``.
+
+    Exists because benchmarks and large simulated fleets run hundreds of thousands of null requests.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        encode = msgspec.json.encode
+        self._model = encode(spec.model)
+        self._fingerprint = encode(name_of(spec))
+
+    def finish(self, work: Work) -> Finished | None:
+        """Answer now, or None; raise CallerError if the body cannot be run."""
+        if work.kind is not Kind.CHAT or work.stream or work.checkpoint is not None:
+            return None
+        body = parse(work.kind, work.body)
+        if type(body) is not ChatBody or body.stop or body.logprobs or body.response_format or (body.n or 1) > 1:
+            return None
+        spec = self._spec
+        prompt_tokens = _count(body)
+        if prompt_tokens > spec.context_tokens:
+            raise answer.context_length_exceeded(work.kind, prompt_tokens, spec.context_tokens)
+        limit = body.limit_tokens
+        room = spec.context_tokens - prompt_tokens
+        count = min(spec.default_tokens if limit is None else limit, room)
+        reason = b"stop" if limit is None and count < room else b"length"
+        text = " ".join([WORDS[byte] for byte in _picks(work, 0, count)]).encode()
+        data = (
+            b'{"id":%b,"object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":'
+            b'{"role":"assistant","content":"%b","refusal":null},"logprobs":null,"finish_reason":"%b"}],"usage":'
+            b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":0,'
+            b'"audio_tokens":0},"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0,'
+            b'"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}},"system_fingerprint":%b}'
+        ) % (
+            msgspec.json.encode(work.response_id),
+            work.created_s,
+            self._model,
+            text,
+            reason,
+            prompt_tokens,
+            count,
+            prompt_tokens + count,
+            self._fingerprint,
+        )
+        usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=count)
+        return Finished(key=work.key, status=200, body=data, usage=usage)
+
+
+def _choice(spec: EngineSpec, work: Work, body: Body, index: int) -> tuple[list[Piece], str]:
+    """The pieces of one choice and why it ends."""
+    limit = body.limit_tokens
+    room = spec.context_tokens - _count(body)
+    most = room if limit is None else min(limit, room)
+    schema = _schema(body)
+    if schema is None:
+        count = min(spec.default_tokens, room) if limit is None else most
+        pieces = _words(work, index, count, body.top)
+        reason = "stop" if limit is None and count < room else "length"
+    else:
+        pieces = _json(schema, body.top)
+        reason = "length" if len(pieces) > most else "stop"
+        pieces = pieces[:most]
+    stops = stops_of(body)
+    if not stops:
+        return pieces, reason
+    flow = Flow(stops)
+    out = [ready for piece in pieces for ready in flow.feed(piece)]
+    return out + flow.end(), "stop" if flow.stopped else reason
+
+
+def _picks(work: Work, choice: int, count: int) -> bytes:
+    """One byte for each token."""
+    seed = hashlib.blake2b(work.body, digest_size=_BLOCK, salt=choice.to_bytes(16, "big"), person=_PERSON[work.kind])
+    first = seed.digest()
+    if count <= _BLOCK:
+        return first[:count]
+    numbers = (block.to_bytes(8, "big") for block in range(1, -(-count // _BLOCK)))
+    return b"".join([first, *(hashlib.blake2b(first + number, digest_size=_BLOCK).digest() for number in numbers)])[
+        :count
+    ]
+
+
+_PERSON: Final = {Kind.CHAT: b"chat", Kind.COMPLETION: b"completion"}
+
+
+def _words(work: Work, choice: int, count: int, top: int | None) -> list[Piece]:
+    pieces = []
+    for i, byte in enumerate(_picks(work, choice, count)):
+        text = WORDS[byte] if i == 0 else " " + WORDS[byte]
+        entries = [] if top is None else [_entry(text, byte, top)]
+        pieces.append(Piece(text=text, ids=[byte], entries=entries))
+    return pieces
+
+
+def _json(value: Any, top: int | None) -> list[Piece]:
+    """A JSON value in pieces, as a model gives it out token by token. Pieces end between characters."""
+    text = msgspec.json.encode(value).decode()
+    pieces = []
+    for at in range(0, len(text), _JSON_PIECE_CHARS):
+        part = text[at : at + _JSON_PIECE_CHARS]
+        entries = [] if top is None else [_entry(part, at % 256, top)]
+        pieces.append(Piece(text=part, ids=[256 + at], entries=entries))
+    return pieces
+
+
+def _entry(text: str, pick: int, top: int) -> Entry:
+    """A made-up logprob, well-formed and always the same: the more unlikely, the larger the pick."""
+    own = {"token": text, "logprob": -(pick + 1) / 128, "bytes": list(text.encode())}
+    others = []
+    for k in range(1, top):
+        word = " " + WORDS[(pick + k) % 256]
+        others.append({"token": word, "logprob": -(pick + 1) / 128 - k, "bytes": list(word.encode())})
+    return own | {"top_logprobs": [own, *others] if top else []}
+
+
+def _schema(body: Body) -> Any:
+    """The value to answer with if the request wants JSON, None if it wants words."""
+    wanted = body.response_format if isinstance(body, ChatBody) else None
+    if not wanted or wanted.get("type", "text") == "text":
+        return None
+    if wanted["type"] == "json_object":
+        return {"answer": "null"}
+    outer = wanted.get("json_schema")
+    schema = outer.get("schema") if isinstance(outer, dict) else None
+    return minimal_instance(schema if isinstance(schema, dict) else {"type": "object"})
+
+
+def _carried(checkpoint: Checkpoint, pieces: list[Piece]) -> int:
+    """How many tokens of the answer the checkpoint holds, by its text, as that is what the customer has seen."""
+    length, count = 0, 0
+    for piece in pieces:
+        if length + len(piece.text) > len(checkpoint.text):
+            break
+        length += len(piece.text)
+        count += 1
+    return count
+
+
+def _count(body: Body) -> int:
+    """Words of the prompt: the null engine's prompt tokens."""
+    if isinstance(body, ChatBody):
+        return sum(_words_in(message.get("content")) for message in body.messages)
+    return sum(_words_in(prompt) if isinstance(prompt, str) else len(prompt) for prompt in body.prompts)
+
+
+def _words_in(content: Any) -> int:
+    if isinstance(content, str):
+        return len(content.split())
+    if isinstance(content, list):
+        return sum(_words_in(part.get("text")) for part in content if isinstance(part, dict))
+    return 0

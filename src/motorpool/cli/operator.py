@@ -1,0 +1,224 @@
+"""``motorpool vehicles``: the operator's interface from the command line, and the client that the display uses.
+
+Decides: nothing. Must not: read the books directly; everything comes from the admin address.
+Called by: ``cli.main``, ``cli.dev``, ``cli.demo``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import httpx
+import msgspec
+from rich.console import Console
+
+from motorpool.cli import display
+from motorpool.cli.output import print_json, say
+from motorpool.cli.running import admin_options, resolve_admin
+from motorpool.errors import ErrorEnvelope, MotorpoolError, SetupError
+from motorpool.server.admin.views import StatusView, StoryEntry, VehicleView
+from motorpool.trust.credentials import VehicleCredentials, save_credentials
+
+T = TypeVar("T")
+
+
+class AdminClient:
+    """Speaks to the admin address of a cell. Raises SetupError when it cannot be reached or answers with an error."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url = url.rstrip("/")
+        headers = {"Authorization": f"Bearer {key}"}
+        # The admin address is the machine's own; a proxy from the environment has no business in between.
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=10, trust_env=False)
+
+    def status(self) -> StatusView:
+        """Vehicles and batches."""
+        return self._call("GET", "/v1/status", StatusView)
+
+    def vehicles(self) -> list[VehicleView]:
+        """All vehicles."""
+        return self._call("GET", "/v1/vehicles", list[VehicleView])
+
+    def vehicle(self, vehicle_id: str) -> VehicleView:
+        """One vehicle."""
+        return self._call("GET", f"/v1/vehicles/{vehicle_id}", VehicleView)
+
+    def story(self, vehicle_id: str) -> list[StoryEntry]:
+        """What happened to a vehicle or batch."""
+        return self._call("GET", f"/v1/vehicles/{vehicle_id}/story", list[StoryEntry])
+
+    def enrol(self, vehicle_id: str, name: str, owner_key: str) -> VehicleCredentials:
+        """Make credentials for a vehicle; ``owner_key`` is the owner's public key, empty if there is none yet."""
+        body = {"vehicle_id": vehicle_id, "name": name, "owner_key": owner_key}
+        return self._call("POST", "/v1/vehicles", VehicleCredentials, body)
+
+    def revoke(self, vehicle_id: str) -> None:
+        """Give a vehicle no more work, and accept nothing from it."""
+        self._send("DELETE", f"/v1/vehicles/{vehicle_id}", None)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: str, path: str, answer: type[T], body: Any = None) -> T:
+        response = self._send(method, path, body)
+        try:
+            return msgspec.json.decode(response.content, type=answer)
+        except msgspec.MsgspecError as error:
+            raise MotorpoolError(f"{self.url} answers nonsense: is it Motorpool's admin address?") from error
+
+    def _send(self, method: str, path: str, body: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise SetupError(
+                f"cannot reach the admin address {self.url}: is the control plane running? "
+                "Start everything on this machine with `motorpool dev`, or set --admin-url",
+                code="server_not_running",
+            ) from error
+        if response.status_code == 401:
+            raise SetupError(f"{self.url} does not accept this admin key: give the right one with --admin-key")
+        if response.status_code >= 400:
+            raise SetupError(_message(response), code="admin_refused")
+        return response
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return msgspec.json.decode(response.content, type=ErrorEnvelope).error.message
+    except msgspec.MsgspecError:
+        return f"the admin address answered {response.status_code}"
+
+
+@click.group()
+def vehicles() -> None:
+    """See the fleet: every vehicle, whether it may work, and why not.
+
+    \b
+    Examples:
+      motorpool vehicles list
+      motorpool vehicles show car-2
+      motorpool vehicles story car-2
+    """
+
+
+@vehicles.command("list")
+@admin_options
+@click.option("--json", "as_json", is_flag=True, help="Print the vehicles as one line of JSON.")
+def list_command(*, admin_url: str | None, admin_key: str | None, data: Path | None, as_json: bool) -> None:
+    """List the vehicles with their state, permit and work.
+
+    \b
+    Example:
+      motorpool vehicles list --json
+    """
+    with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
+        status = client.status()
+    if as_json:
+        print_json(status.vehicles)
+        return
+    console = Console(highlight=False)
+    console.print(display.vehicle_table(status) if status.vehicles else "no vehicles are enrolled yet")
+
+
+@vehicles.command("show")
+@click.argument("vehicle")
+@admin_options
+@click.option("--json", "as_json", is_flag=True, help="Print the vehicle as one line of JSON.")
+def show_command(
+    *, vehicle: str, admin_url: str | None, admin_key: str | None, data: Path | None, as_json: bool
+) -> None:
+    """Show everything about one vehicle, with the reasons if it may not work.
+
+    \b
+    Example:
+      motorpool vehicles show car-2
+    """
+    with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
+        view = client.vehicle(vehicle)
+        currency = client.status().currency
+    if as_json:
+        print_json(view)
+        return
+    Console(highlight=False).print(display.vehicle_details(view, currency))
+
+
+@vehicles.command("story")
+@click.argument("vehicle")
+@admin_options
+@click.option("--json", "as_json", is_flag=True, help="Print the story as one line of JSON.")
+def story_command(
+    *, vehicle: str, admin_url: str | None, admin_key: str | None, data: Path | None, as_json: bool
+) -> None:
+    """Tell what happened to a vehicle, oldest first.
+
+    \b
+    Example:
+      motorpool vehicles story car-2
+    """
+    with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
+        entries = client.story(vehicle)
+    if as_json:
+        print_json(entries)
+        return
+    first_ms = entries[0].at_ms if entries else 0
+    for entry in entries:
+        click.echo(f"+{(entry.at_ms - first_ms) / 1000:9.1f} s  {entry.what}  [{entry.cause_id}]")
+    if not entries:
+        click.echo("nothing has happened yet")
+
+
+@vehicles.command("enrol")
+@click.argument("vehicle")
+@click.option("--name", help="What people call it; its id if not given.")
+@click.option("--owner-key", default="", help="The owner's public key, as the vehicle printed it.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the credentials to this file."
+)
+@admin_options
+def enrol_command(
+    *,
+    vehicle: str,
+    name: str | None,
+    owner_key: str,
+    output: Path | None,
+    admin_url: str | None,
+    admin_key: str | None,
+    data: Path | None,
+) -> None:
+    """Enrol a vehicle: make the credentials that open its own subjects and no others.
+
+    \b
+    Example:
+      motorpool vehicles enrol car-7 --name "van 7" -o car-7/credentials.json
+    """
+    with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
+        credentials = client.enrol(vehicle, name or vehicle, owner_key)
+    if output is None:
+        print_json(credentials)
+        return
+    save_credentials(output, credentials)
+    say(f"{vehicle} is enrolled; its credentials are in {output}: keep them secret")
+
+
+@vehicles.command("revoke")
+@click.argument("vehicle")
+@admin_options
+def revoke_command(*, vehicle: str, admin_url: str | None, admin_key: str | None, data: Path | None) -> None:
+    """Revoke a vehicle: it gets no more work, and nothing that it sends is accepted.
+
+    \b
+    Example:
+      motorpool vehicles revoke car-7
+    """
+    with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
+        client.revoke(vehicle)
+    say(f"{vehicle} is revoked")

@@ -1,0 +1,72 @@
+"""``motorpool serve``: a command line becomes a frozen configuration, and the control plane runs.
+
+Decides: nothing. Must not: hold any policy of its own.
+Called by: ``cli.main``; ``motorpool dev`` starts it as a process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from motorpool.cli.modelfiles import load_catalogue
+from motorpool.cli.output import print_json, say
+from motorpool.cli.process import run
+from motorpool.server.main import ServerConfig, ServerReady, run_server
+
+
+@click.command()
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder of books and files."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where customers reach the API.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Its port; 0: a free one.")
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Where the operator's interface listens.")
+@click.option(
+    "--admin-port", default=8081, show_default=True, type=click.IntRange(0, 65535), help="Its port; 0: a free one."
+)
+@click.option("--nats-url", "nats_urls", multiple=True, help="Message server, may be repeated; none: an embedded one.")
+@click.option(
+    "--vehicle-url", "vehicle_urls", multiple=True, help="What vehicles are told to connect to, if it differs."
+)
+@click.option("--currency", default="EUR", show_default=True, help="Unit of prices and earnings.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
+def serve(
+    *,
+    data: Path,
+    host: str,
+    port: int,
+    admin_host: str,
+    admin_port: int,
+    nats_urls: tuple[str, ...],
+    vehicle_urls: tuple[str, ...],
+    currency: str,
+    as_json: bool,
+) -> None:
+    """Run the control plane of one cell until Ctrl-C: the API, the operator's interface and the scheduler.
+
+    \b
+    Examples:
+      motorpool serve --data /var/lib/motorpool
+      motorpool serve --data /var/lib/motorpool --host 0.0.0.0 --nats-url nats://mq1:4222 --nats-url nats://mq2:4222
+    """
+    config = ServerConfig(
+        data_dir=str(data),
+        catalogue=load_catalogue(data),
+        host=host,
+        port=port,
+        admin_host=admin_host,
+        admin_port=admin_port,
+        nats_urls=list(nats_urls),
+        vehicle_urls=list(vehicle_urls),
+        currency=currency,
+    )
+
+    def ready(found: ServerReady) -> None:
+        if as_json:
+            print_json(found)
+        else:
+            say(f"The API is {found.base_url}, the operator's address {found.admin_url} (its key: {data}/admin.key)")
+
+    run(run_server(config, ready))

@@ -1,0 +1,1 @@
+"""Every decision, pure: no input or output, no clock, no randomness. Events in, commands out."""

@@ -1,0 +1,262 @@
+"""What happens to the scheduler (events, in the past tense) and what it wants done (commands, imperative).
+
+Events hold references and counts, never bodies. Every event has a ``cause_id``, which the story of a vehicle or job
+repeats. Commands that begin with ``Save``, ``Drop``, ``Post`` or ``Note`` change the books and are committed first; the
+others are performed after the commit.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from motorpool.core.ledger import Transfer
+from motorpool.core.pricing import Price, Shares
+from motorpool.types import Kind, ReturnReason
+from motorpool.wire import State
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """Common to all events."""
+
+    cause_id: str
+
+
+class JobStarted(Event, frozen=True, kw_only=True):
+    """A batch passed its checks: line ``i`` has a body of about ``lengths[i]`` bytes."""
+
+    job_no: int
+    job_id: str
+    account: str
+    kind: Kind
+    model: str
+    price: Price
+    expires_ms: int
+    lengths: npt.NDArray[np.uint32]
+
+
+class CancelAsked(Event, frozen=True, kw_only=True):
+    """The customer cancels a job."""
+
+    job_no: int
+
+
+class VehicleReported(Event, frozen=True, kw_only=True):
+    """A vehicle's state message."""
+
+    vehicle_id: str
+    state: State
+
+
+class VehicleRevoked(Event, frozen=True, kw_only=True):
+    """A vehicle was struck from the books and gets no more work."""
+
+    vehicle_id: str
+
+
+class ResultsArrived(Event, frozen=True, kw_only=True):
+    """Finished attempts, as columns of equal length."""
+
+    vehicle_id: str
+    lease_id: str
+    job_id: str
+    message_id: str
+    lines: list[int]
+    statuses: list[int]
+    prompt_tokens: list[int]
+    completion_tokens: list[int]
+    cached_tokens: list[int]
+    carried_tokens: list[int]
+    energy_mwh: int
+
+
+class WorkReturned(Event, frozen=True, kw_only=True):
+    """Attempts that a vehicle does not hold any more, as columns; ``tokens`` is 0 where there is no checkpoint.
+
+    ``sizes`` are the bytes of the checkpoints.
+    """
+
+    vehicle_id: str
+    lease_id: str
+    job_id: str
+    reason: ReturnReason
+    lines: list[int]
+    tokens: list[int]
+    sizes: list[int]
+    started: list[bool]
+
+
+class ProgressMade(Event, frozen=True, kw_only=True):
+    """Checkpoints of attempts that go on; ``sizes`` are their bytes."""
+
+    vehicle_id: str
+    lease_id: str
+    job_id: str
+    lines: list[int]
+    tokens: list[int]
+    sizes: list[int]
+
+
+class LiveEnded(Event, frozen=True, kw_only=True):
+    """A live request ended and is to be paid: who generated how many tokens of it, and who read the prompt last."""
+
+    request_id: str
+    account: str
+    price: Price
+    prompt_tokens: int
+    completion_tokens: int
+    finisher: str
+    shares: Shares
+
+
+class Ticked(Event, frozen=True, kw_only=True):
+    """Time has passed."""
+
+
+# -- changes of the books ----------------------------------------------------------------------------------------------
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True):
+    """Common to all commands."""
+
+
+class SaveLease(Command, frozen=True, kw_only=True):
+    """A lease was granted; ``base`` says how many tokens its checkpoints hold, for the lines that have one."""
+
+    lease_id: str
+    job_no: int
+    vehicle_id: str
+    incarnation: str
+    granted_ms: int
+    expires_ms: int
+    lines: list[int]
+    base: dict[int, int]
+
+
+class DropLease(Command, frozen=True, kw_only=True):
+    """A lease is over."""
+
+    lease_id: str
+
+
+class SaveResults(Command, frozen=True, kw_only=True):
+    """Results that count: ``picks`` are their places in the event, ``costs_micro`` what each costs.
+
+    ``with_checkpoint`` are those of their lines whose checkpoints are of no more use.
+    """
+
+    job_no: int
+    vehicle_id: str
+    picks: list[int]
+    costs_micro: list[int]
+    carried_tokens: list[int]
+    with_checkpoint: list[int] = []
+
+
+class SaveFailures(Command, frozen=True, kw_only=True):
+    """Lines that are given up without an answer."""
+
+    job_no: int
+    lines: list[int]
+    code: str
+    message: str
+
+
+class SaveCheckpoints(Command, frozen=True, kw_only=True):
+    """Checkpoints that are longer than what is known: places in the event, and who generated what."""
+
+    job_no: int
+    picks: list[int]
+    lines: list[int]
+    tokens: list[int]
+    shares: list[Shares]
+
+
+class SaveJobCounts(Command, frozen=True, kw_only=True):
+    """Totals of a job, to be added to its row."""
+
+    job_no: int
+    completed: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    carried_tokens: int = 0
+    cost_micro: int = 0
+
+
+class SaveVehicleCounts(Command, frozen=True, kw_only=True):
+    """Totals of a vehicle, to be added to its row."""
+
+    vehicle_id: str
+    lines_done: int = 0
+    tokens_generated: int = 0
+    tokens_handed_on: int = 0
+    tokens_taken_over: int = 0
+    energy_mwh: int = 0
+
+
+class SaveJobStatus(Command, frozen=True, kw_only=True):
+    """A job changes its status."""
+
+    job_no: int
+    status: str
+
+
+class PostTransfers(Command, frozen=True, kw_only=True):
+    """Money moves."""
+
+    transfers: list[Transfer]
+
+
+class Note(Command, frozen=True, kw_only=True):
+    """One more entry in the story of a vehicle or job; holds no private content."""
+
+    subject: str
+    what: str
+
+
+# -- acts, after the commit --------------------------------------------------------------------------------------------
+
+
+class SendGrant(Command, frozen=True, kw_only=True):
+    """Send a lease, with its bodies and checkpoints, to its vehicle (again)."""
+
+    lease_id: str
+    job_no: int
+    vehicle_id: str
+    incarnation: str
+    model: str
+    kind: Kind
+    ttl_ms: int
+    lines: list[int]
+    with_checkpoint: list[int]
+
+
+class SendRevoke(Command, frozen=True, kw_only=True):
+    """Ask a vehicle to give back a lease or some of its lines."""
+
+    vehicle_id: str
+    lease_id: str
+    lines: list[int] | None = None
+    keep_running: bool = False
+
+
+class AssembleFiles(Command, frozen=True, kw_only=True):
+    """Every line of the job has ended: write its output and error files."""
+
+    job_no: int
+
+
+SchedulerEvent = (
+    JobStarted
+    | CancelAsked
+    | VehicleReported
+    | VehicleRevoked
+    | ResultsArrived
+    | WorkReturned
+    | ProgressMade
+    | LiveEnded
+    | Ticked
+)

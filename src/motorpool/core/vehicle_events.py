@@ -1,0 +1,227 @@
+"""What the vehicle machine is told and what it asks for: events in the past tense, commands in the imperative.
+
+Decides nothing. Bodies and checkpoints are opaque bytes that the machine only passes on. Work that moves in thousands a
+second comes and goes in lists, so that one event or command stands for many attempts.
+Called by: ``core.vehicle``, ``agent.loop``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from motorpool.types import MAX_BODY_BYTES, Kind, Permit, Reason, Usage
+from motorpool.wire import Answered, Broken, Delta, Down, Progress, Results, Returned, State, Tokens
+
+
+class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The named bounds and times of one vehicle.
+
+    ``freeze_grace_ms`` is how long a frozen engine waits for the owner to go away again before it is killed.
+    ``window_ms`` is how much work, at the recent rate, lies in the engine ahead of time, at most ``max_window``
+    attempts. An engine that holds attempts and gives no sign of life for ``stall_ms`` is killed and counts as died.
+    """
+
+    model: str
+    region: str = "local"
+    freeze_grace_ms: int = 5_000
+    state_interval_ms: int = 5_000
+    state_min_ms: int = 100
+    progress_interval_ms: int = 2_000
+    flush_items: int = 256
+    flush_bytes: int = 512 * 1024
+    flush_ms: int = 50
+    window_ms: int = 50
+    max_window: int = 4_096
+    max_queued: int = 50_000
+    max_queued_bytes: int = 256 * 1024 * 1024
+    max_leases: int = 1_024
+    max_live: int = 256
+    max_live_bytes: int = MAX_BODY_BYTES
+    max_outbox_items: int = 50_000
+    max_outbox_bytes: int = 256 * 1024 * 1024
+    max_closed: int = 10_000
+    stall_ms: int = 300_000
+    restart_min_ms: int = 1_000
+    restart_max_ms: int = 60_000
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+class ProgressedAttempt(Protocol):
+    """New tokens of one attempt, as the engine reports them."""
+
+    @property
+    def key(self) -> str:
+        """The attempt."""
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """What is new since the last report."""
+
+
+class FinishedAttempt(Protocol):
+    """The end of one attempt, as the engine reports it."""
+
+    @property
+    def key(self) -> str:
+        """The attempt."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status for the customer."""
+
+    @property
+    def body(self) -> bytes:
+        """The body for the customer."""
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of the whole answer."""
+
+
+class VerdictGiven(msgspec.Struct, frozen=True, kw_only=True):
+    """The guard has judged: a permit, or None with the reasons; with what the operator may see of the battery."""
+
+    permit: Permit | None
+    reasons: tuple[Reason, ...] = ()
+    soc_pct: float | None = None
+    plugged: bool | None = None
+
+
+class EngineReady(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine has loaded ``model`` and runs ``slots`` attempts at a time."""
+
+    model: str
+    slots: int
+    fingerprint: str
+
+
+class EngineDied(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine ended without being asked, or could not start."""
+
+    exit_code: int | None = None
+
+
+class EngineWorked(msgspec.Struct, frozen=True, kw_only=True):
+    """Attempts moved on. ``busy_ms`` is the engine's working time since its start."""
+
+    progressed: Sequence[ProgressedAttempt] = ()
+    finished: Sequence[FinishedAttempt] = ()
+    cancelled: Sequence[str] = ()
+    busy_ms: int = 0
+
+
+class Arrived(msgspec.Struct, frozen=True, kw_only=True):
+    """A message from the cell."""
+
+    message: Down
+
+
+class LinkChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """The link to the cell went up or down."""
+
+    up: bool
+
+
+class WorkPublished(msgspec.Struct, frozen=True, kw_only=True):
+    """The durable stream has these messages."""
+
+    message_ids: list[str]
+
+
+class Ticked(msgspec.Struct, frozen=True, kw_only=True):
+    """Time has passed."""
+
+
+class StopAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """The agent is to end: give everything back."""
+
+
+Event = (
+    VerdictGiven | EngineReady | EngineDied | EngineWorked | Arrived | LinkChanged | WorkPublished | Ticked | StopAsked
+)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+class StartEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """Start the engine and load the model."""
+
+
+class FreezeEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """Take all processor time from the engine, now."""
+
+
+class ThawEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """Let a frozen engine go on."""
+
+
+class KillEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """End the engine and give its memory back."""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One attempt for the engine; ``key`` is never used twice in an incarnation."""
+
+    key: str
+    kind: Kind
+    body: bytes
+    response_id: str
+    stream: bool = False
+    checkpoint: bytes | None = None
+
+
+class SubmitAttempts(msgspec.Struct, frozen=True, kw_only=True):
+    """Give attempts to the engine; ``created_s`` is the Unix time that their answers carry."""
+
+    attempts: list[Attempt]
+    created_s: int
+
+
+class CancelAttempts(msgspec.Struct, frozen=True, kw_only=True):
+    """Stop attempts that were handed back or that nobody waits for."""
+
+    keys: list[str]
+
+
+class PublishWork(msgspec.Struct, frozen=True, kw_only=True):
+    """Put a message into the durable stream, as often as it takes; WorkPublished answers."""
+
+    message: Results | Returned
+
+
+class PublishState(msgspec.Struct, frozen=True, kw_only=True):
+    """Tell the cell, if the link is up."""
+
+    message: State | Progress
+
+
+class PublishLive(msgspec.Struct, frozen=True, kw_only=True):
+    """Tell whoever waits for a live request, if the link is up."""
+
+    message: Tokens | Answered | Broken
+
+
+class WakeAt(msgspec.Struct, frozen=True, kw_only=True):
+    """Send Ticked at ``at_ms`` at the latest; an earlier wish is replaced."""
+
+    at_ms: int
+
+
+Command = (
+    StartEngine
+    | FreezeEngine
+    | ThawEngine
+    | KillEngine
+    | SubmitAttempts
+    | CancelAttempts
+    | PublishWork
+    | PublishState
+    | PublishLive
+    | WakeAt
+)

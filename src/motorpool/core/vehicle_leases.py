@@ -1,0 +1,169 @@
+"""What a vehicle holds: leases, running attempts, and the text that grows in them.
+
+Decides: how the pieces of one answer are put together into a checkpoint. Must not: decide what runs or goes back; that
+is ``core.vehicle``, which alone calls this room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+
+from motorpool.errors import CallerError
+from motorpool.types import MAX_CHECKPOINT_BYTES, Kind
+from motorpool.wire import Checkpoint, Delta, Grant, Item, ResultItem, ReturnItem, decode_checkpoint, encode_checkpoint
+
+
+class Growth:
+    """What one attempt has generated here, on top of the checkpoint that it came with."""
+
+    __slots__ = ("ids_complete", "logprobs", "several", "texts", "token_ids", "tokens")
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.tokens = 0
+        self.token_ids: list[int] = []
+        self.ids_complete = True
+        self.logprobs: list[bytes] = []
+        self.several = False  # more than one choice: such an answer cannot be continued
+
+    def add(self, deltas: list[Delta]) -> int:
+        """Take new deltas; the number of their tokens. A delta without token ids counts as one token."""
+        before = self.tokens
+        for delta in deltas:
+            if delta.index:
+                self.several = True
+            if delta.text:
+                self.texts.append(delta.text)
+            if delta.token_ids:
+                self.token_ids.extend(delta.token_ids)
+                self.tokens += len(delta.token_ids)
+            elif delta.text:
+                self.ids_complete = False
+                self.tokens += 1
+            if delta.logprobs:
+                self.logprobs.append(delta.logprobs)
+        return self.tokens - before
+
+
+def tokens_of(checkpoint: bytes | None) -> int:
+    """How many tokens a checkpoint holds; 0 for none and for one that cannot be read."""
+    if checkpoint is None:
+        return 0
+    try:
+        return decode_checkpoint(checkpoint).tokens
+    except CallerError:
+        return 0
+
+
+def join(carried: bytes | None, growth: Growth | None) -> tuple[bytes | None, int]:
+    """The checkpoint of carried and grown together, and how many tokens it holds in all.
+
+    A carried one that cannot be read was of no use to the engine either, which began anew. One over
+    MAX_CHECKPOINT_BYTES (long answers with many logprobs) fits no message: what was carried stays.
+    """
+    if growth is None or growth.several or growth.tokens == 0:
+        return carried, tokens_of(carried)
+    base = Checkpoint(text="", tokens=0)
+    if carried is not None:
+        with suppress(CallerError):
+            base = decode_checkpoint(carried)
+    whole_ids = growth.ids_complete and len(base.token_ids) == base.tokens
+    joined = Checkpoint(
+        text=base.text + "".join(growth.texts),
+        tokens=base.tokens + growth.tokens,
+        token_ids=base.token_ids + growth.token_ids if whole_ids else [],
+        logprobs=_join_arrays([base.logprobs, *growth.logprobs]),
+        prompt_tokens=base.prompt_tokens,
+    )
+    packed = encode_checkpoint(joined)
+    return (packed, joined.tokens) if len(packed) <= MAX_CHECKPOINT_BYTES else (carried, base.tokens)
+
+
+def _join_arrays(arrays: list[bytes]) -> bytes:
+    inner = [array.strip()[1:-1].strip() for array in arrays if array]
+    inner = [part for part in inner if part]
+    return b"[" + b",".join(inner) + b"]" if inner else b""
+
+
+class Lease:
+    """One lease from its arrival until its last message is durable."""
+
+    __slots__ = (
+        "expires_ms",
+        "gathered",
+        "gathered_bytes",
+        "gathered_since_ms",
+        "job_id",
+        "kind",
+        "lease_id",
+        "media_type",
+        "number",
+        "queue",
+        "running",
+        "undelivered",
+    )
+
+    def __init__(self, grant: Grant, number: int, now_ms: int) -> None:
+        self.number = number
+        self.lease_id = grant.lease_id
+        self.job_id = grant.job_id
+        self.kind = grant.kind
+        self.media_type = grant.media_type
+        self.expires_ms = now_ms + grant.ttl_ms
+        self.queue: deque[Item] = deque()
+        self.running = 0
+        self.gathered: list[ResultItem] = []
+        self.gathered_bytes = 0
+        self.gathered_since_ms = 0
+        self.undelivered = 0  # messages that the durable stream does not have yet
+
+    @property
+    def unfinished(self) -> bool:
+        """Are there attempts that still have to run."""
+        return self.running > 0 or len(self.queue) > 0
+
+    @property
+    def over(self) -> bool:
+        """Is nothing left to do or to deliver."""
+        return not (self.unfinished or self.gathered or self.undelivered)
+
+
+class Run:
+    """One attempt of a lease in the engine."""
+
+    __slots__ = ("carried", "growth", "lease", "line", "told_tokens")
+
+    def __init__(self, lease: Lease, item: Item) -> None:
+        self.lease = lease
+        self.line = item.line
+        self.carried = item.checkpoint
+        self.growth: Growth | None = None
+        self.told_tokens = 0  # of growth, in the last Progress message
+
+
+class LiveRun:
+    """One live request in the engine."""
+
+    __slots__ = ("attempt", "carried", "growth", "key", "kind", "request_id", "seq", "stream")
+
+    def __init__(self, *, key: str, request_id: str, attempt: int, kind: Kind, stream: bool, carried: bytes | None):
+        self.key = key
+        self.request_id = request_id
+        self.attempt = attempt
+        self.kind = kind
+        self.stream = stream
+        self.carried = carried
+        self.growth: Growth | None = None
+        self.seq = 0
+
+
+def unstarted(item: Item) -> ReturnItem:
+    """What goes back of an attempt that waited."""
+    return ReturnItem(line=item.line, tokens=tokens_of(item.checkpoint), checkpoint=item.checkpoint)
+
+
+def interrupted(run: Run, *, started: bool) -> ReturnItem:
+    """What goes back of an attempt in the engine; ``started`` if it had a slot."""
+    checkpoint, tokens = join(run.carried, run.growth)
+    return ReturnItem(line=run.line, tokens=tokens, checkpoint=checkpoint, started=started or run.growth is not None)

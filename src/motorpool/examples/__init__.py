@@ -1,0 +1,1 @@
+"""The documents of the demo, as package data: see README.md beside this file."""

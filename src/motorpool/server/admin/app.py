@@ -1,0 +1,192 @@
+"""The operator's HTTP interface, on an address of its own, with a key of its own.
+
+Shows counts, states and reasons; never prompts, results, places or keys of customers. Called by: ``server.main``.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from motorpool import wire
+from motorpool.errors import AuthenticationError, CallerError, MotorpoolError, NotFoundError
+from motorpool.server.admin.views import BatchView, StatusView, StoryEntry, VehicleView
+from motorpool.server.loop import CellLoop
+from motorpool.store import books
+from motorpool.trust.credentials import CellIdentity
+
+RECENT_BATCHES: Final = 20
+MAX_STORY: Final = 500
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class NewVehicle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of an enrolment."""
+
+    vehicle_id: str
+    name: str = ""
+    owner_key: str = ""
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    """Any of our structs as JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+class Admin:
+    """The handlers; each needs the operator's key."""
+
+    def __init__(self, cell: CellLoop, identity: CellIdentity, urls: list[str], key: str, currency: str) -> None:
+        self._cell = cell
+        self._identity = identity
+        self._urls = urls
+        self._key = key.encode()
+        self._currency = currency
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            ("/v1/status", self.status, "GET"),
+            ("/v1/vehicles", self.vehicles, "GET"),
+            ("/v1/vehicles", self.enrol, "POST"),
+            ("/v1/vehicles/{vehicle_id}", self.vehicle, "GET"),
+            ("/v1/vehicles/{vehicle_id}", self.revoke, "DELETE"),
+            ("/v1/vehicles/{vehicle_id}/story", self.story, "GET"),
+            ("/v1/batches/{vehicle_id}/story", self.story, "GET"),
+        ]
+        return Starlette(routes=[Route(path, self._guarded(call), methods=[method]) for path, call, method in routes])
+
+    def _guarded(self, handler: Handler) -> Handler:
+        async def guarded(request: Request) -> Response:
+            try:
+                given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+                if not hmac.compare_digest(given, self._key):
+                    raise AuthenticationError("the operator's key is missing or wrong; it is in admin.key")
+                return await handler(request)
+            except MotorpoolError as error:
+                return json_response(error.envelope(), error.status)
+
+        return guarded
+
+    # -- views ---------------------------------------------------------------------------------------------------------
+
+    def _vehicle_views(self) -> list[VehicleView]:
+        now = self._cell.now_ms()
+        views = []
+        for row in books.list_vehicles(self._cell.reader):
+            known = self._cell.scheduler.vehicles.get(row["vehicle_id"])
+            state = known.state if known is not None and not known.offline else None
+            views.append(
+                VehicleView(
+                    vehicle_id=row["vehicle_id"],
+                    name=row["name"],
+                    state=state.state.value if state else "offline",
+                    reasons=state.reasons if state else [],
+                    permit_w=state.permit_w if state else 0,
+                    model=state.model if state else None,
+                    engine=state.engine if state else "",
+                    slots=state.slots if state else 0,
+                    running=state.running if state else 0,
+                    queued=state.queued if state else 0,
+                    tokens_per_s=state.tokens_per_s if state else 0.0,
+                    tokens_generated=row["tokens_generated"],
+                    lines_done=row["lines_done"],
+                    tokens_handed_on=row["tokens_handed_on"],
+                    tokens_taken_over=row["tokens_taken_over"],
+                    energy_mwh=row["energy_mwh"],
+                    energy_is_measured=state.energy_is_measured if state else False,
+                    earned_micro=row["earned_micro"],
+                    soc_pct=state.soc_pct if state else None,
+                    plugged=state.plugged if state else None,
+                    seen_ms_ago=now - known.seen_ms if known is not None and known.seen_ms else None,
+                    leases=len(known.leases) if known is not None else 0,
+                )
+            )
+        return views
+
+    def _batch_views(self) -> list[BatchView]:
+        views = []
+        for row in books.recent_batches(self._cell.reader, RECENT_BATCHES):
+            job = self._cell.scheduler.jobs.get(row["batch_no"])
+            views.append(
+                BatchView(
+                    batch_id=row["batch_id"],
+                    status=row["status"],
+                    model=row["model"],
+                    total=row["total"],
+                    completed=row["completed"],
+                    failed=row["failed"],
+                    leased=job.leased if job else 0,
+                    tokens_generated=row["completion_tokens"],
+                    tokens_carried=row["carried_tokens"],
+                    cost_micro=row["cost_micro"],
+                    created_ms=row["created_ms"],
+                    expires_ms=row["expires_ms"],
+                    left_ms=job.left_ms() if job else None,
+                )
+            )
+        return views
+
+    async def status(self, request: Request) -> Response:
+        """GET /v1/status: everything that a live display needs."""
+        del request
+        vehicles = self._vehicle_views()
+        return json_response(
+            StatusView(
+                now_ms=self._cell.now_ms(),
+                currency=self._currency,
+                tokens_per_s=sum(view.tokens_per_s for view in vehicles),
+                vehicles=vehicles,
+                batches=self._batch_views(),
+            )
+        )
+
+    async def vehicles(self, request: Request) -> Response:
+        """GET /v1/vehicles."""
+        del request
+        return json_response(self._vehicle_views())
+
+    async def vehicle(self, request: Request) -> Response:
+        """GET /v1/vehicles/ID."""
+        wanted = request.path_params["vehicle_id"]
+        for view in self._vehicle_views():
+            if view.vehicle_id == wanted:
+                return json_response(view)
+        raise NotFoundError("there is no such vehicle", code="vehicle_not_found", param="vehicle_id")
+
+    async def story(self, request: Request) -> Response:
+        """GET /v1/vehicles/ID/story and /v1/batches/ID/story: what happened, oldest first."""
+        rows = books.read_story(self._cell.reader, request.path_params["vehicle_id"], MAX_STORY)
+        return json_response([StoryEntry(at_ms=row[0], cause_id=row[1], what=row[2]) for row in rows])
+
+    # -- changes -------------------------------------------------------------------------------------------------------
+
+    async def enrol(self, request: Request) -> Response:
+        """POST /v1/vehicles: the credentials of a new vehicle; they are shown once and kept nowhere."""
+        try:
+            new = msgspec.json.decode(await request.body(), type=NewVehicle)
+        except msgspec.DecodeError as error:
+            raise CallerError(f"the body is not an enrolment: {error}") from error
+        credentials = self._identity.enrol(new.vehicle_id, self._urls, self._cell.now_ms() // 1000)
+        now = self._cell.now_ms()
+        await self._cell.write(
+            lambda db: books.add_vehicle(db, new.vehicle_id, new.name or new.vehicle_id, new.owner_key, now)
+        )
+        self._cell.enrolled.add(new.vehicle_id)
+        return json_response(credentials, 201)
+
+    async def revoke(self, request: Request) -> Response:
+        """DELETE /v1/vehicles/ID: the vehicle gets no more work and nothing that it sends is accepted."""
+        vehicle_id = wire.check_id(request.path_params["vehicle_id"], "vehicle_id")
+        now = self._cell.now_ms()
+        if not await self._cell.write(lambda db: books.revoke_vehicle(db, vehicle_id, now)):
+            raise NotFoundError("there is no such vehicle", code="vehicle_not_found", param="vehicle_id")
+        self._cell.strike_off(vehicle_id)
+        return Response(status_code=204)

@@ -1,0 +1,73 @@
+"""What the operator's interface says about vehicles and jobs: the JSON bodies of the admin address.
+
+Called by: ``server.admin``, and by the command line, which decodes the same types.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from motorpool.types import Reason
+
+
+class VehicleView(msgspec.Struct, frozen=True, kw_only=True):
+    """One vehicle as the cell knows it. ``state`` is a VehicleState, or ``offline`` when it is silent for too long."""
+
+    vehicle_id: str
+    name: str
+    state: str
+    reasons: list[Reason]
+    permit_w: int
+    model: str | None
+    engine: str
+    slots: int
+    running: int
+    queued: int
+    tokens_per_s: float
+    tokens_generated: int
+    lines_done: int
+    tokens_handed_on: int  # generated here, finished by another vehicle
+    tokens_taken_over: int  # generated elsewhere, finished here
+    energy_mwh: int
+    energy_is_measured: bool
+    earned_micro: int
+    soc_pct: float | None
+    plugged: bool | None
+    seen_ms_ago: int | None
+    leases: int
+
+
+class BatchView(msgspec.Struct, frozen=True, kw_only=True):
+    """One batch as the operator sees it: counts, never contents. ``left_ms`` is the estimate of the time left."""
+
+    batch_id: str
+    status: str
+    model: str | None
+    total: int
+    completed: int
+    failed: int
+    leased: int
+    tokens_generated: int
+    tokens_carried: int
+    cost_micro: int
+    created_ms: int
+    expires_ms: int
+    left_ms: int | None
+
+
+class StatusView(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a live display needs in one body; batches are the open ones and the latest closed ones."""
+
+    now_ms: int
+    currency: str
+    tokens_per_s: float
+    vehicles: list[VehicleView]
+    batches: list[BatchView]
+
+
+class StoryEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that happened to a vehicle or job, in words without private content."""
+
+    at_ms: int
+    what: str
+    cause_id: str

@@ -1,0 +1,734 @@
+"""The one loop of a cell: events in, one transaction, then the acts.
+
+A batch of messages and requests is taken from the inbox, each goes through the scheduler, everything that changes the
+books is written in one transaction, and only after the commit are grants sent, callers answered and messages of the
+durable stream acknowledged. If a transaction fails, the state in memory is thrown away and rebuilt from the books. When
+the disk or the database is at fault, callers are told so and finished work waits until it can be committed; when one
+entry is at fault, it is found by trying each alone, and dropped: no message can stop the cell.
+
+Called by: ``server.main``; the API speaks to it through ``server.cell.Cell``. Must not: decide who runs what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, Final, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from motorpool import wire
+from motorpool.bus import CellLink, WorkMessage
+from motorpool.catalogue import Catalogue
+from motorpool.core import events as ev
+from motorpool.core.pricing import Price
+from motorpool.core.scheduler import TICK_MS, Scheduler
+from motorpool.errors import ConflictError, MotorpoolError, StorageFullError, StoreError, TooLargeError, VehicleError
+from motorpool.server.assembly import assemble
+from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatch
+from motorpool.server.live import LiveDesk
+from motorpool.server.openai.lines import parse_line
+from motorpool.store import books
+from motorpool.store.blobs import BlobStore
+from motorpool.store.database import Database, translate
+from motorpool.types import MAX_CHECKPOINT_BYTES, Kind
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MAX_TAKEN: Final = 256  # entries of the inbox in one transaction
+MAX_WAITING: Final = 2_048  # above it the durable stream is not read further
+GATHER_S: Final = 0.02  # pay for live requests is committed together this often
+STOP_GRACE_S: Final = 3.0
+REBUILD_WAIT_S: Final = 1.0
+MAX_REWRITE_WAIT_S: Final = 60.0
+_raw: Final = msgspec.json.Decoder(msgspec.Raw)
+_NOT_JSON: Final = VehicleError("the vehicle's answer was not JSON")
+_NOT_JSON_BODY: Final = msgspec.json.encode(_NOT_JSON.envelope())
+# Errors of SQLite that lie in what was to be written, not in the disk or the database.
+_OF_THE_ENTRY: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
+
+
+class StartedError(ConflictError):
+    """The batch was handed over before."""
+
+
+class Entry:
+    """One thing for the loop to do: an event with the bodies that it refers to, or a change that the API wants."""
+
+    __slots__ = ("bodies", "change", "done", "event", "message")
+
+    def __init__(
+        self,
+        *,
+        event: ev.SchedulerEvent | None = None,
+        bodies: list[bytes] | None = None,
+        change: Callable[[sqlite3.Connection], Any] | None = None,
+        message: WorkMessage | None = None,
+        done: asyncio.Future[Any] | None = None,
+    ) -> None:
+        self.event = event
+        self.bodies = bodies or []
+        self.change = change
+        self.message = message
+        self.done = done
+
+    @property
+    def comes_once(self) -> bool:
+        """Whether nobody could ask for it again: finished work, and live requests that are to be paid."""
+        return self.message is not None or isinstance(self.event, ev.LiveEnded)
+
+
+class InputFile:
+    """The input file of a job in progress, and where its lines are."""
+
+    def __init__(
+        self, stream: BinaryIO, batch_id: str, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
+    ) -> None:
+        self.stream = stream
+        self.batch_id = batch_id
+        self.offsets = offsets
+        self.lengths = lengths
+
+    def lines(self, numbers: list[int]) -> list[bytes]:
+        """The bytes of these lines, in order; runs of neighbours are read at once."""
+        found: list[bytes] = []
+        start = 0
+        while start < len(numbers):
+            stop = start + 1
+            while stop < len(numbers) and numbers[stop] == numbers[stop - 1] + 1:
+                stop += 1
+            first, last = numbers[start], numbers[stop - 1]
+            low = int(self.offsets[first])
+            high = int(self.offsets[last]) + int(self.lengths[last])
+            data = os.pread(self.stream.fileno(), high - low, low)
+            for number in numbers[start:stop]:
+                at = int(self.offsets[number]) - low
+                found.append(data[at : at + int(self.lengths[number])])
+            start = stop
+        return found
+
+
+class CellLoop:
+    """The control plane of one cell; implements ``server.cell.Cell``."""
+
+    def __init__(self, *, database: Database, blobs: BlobStore, catalogue: Catalogue, clock: Callable[[], int]) -> None:
+        self._database = database
+        self.blobs = blobs
+        self.catalogue = catalogue
+        self.now_ms = clock
+        self.scheduler = Scheduler()
+        self.desk = LiveDesk(self)
+        self.enrolled: set[str] = set()
+        self._link: CellLink | None = None
+        self._inbox: deque[Entry] = deque()
+        self._gathered: list[Entry] = []
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._committer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self._files: dict[int, InputFile] = {}
+        self._assembling: dict[int, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changes = 0
+        self._singly = 0  # so many entries are tried one by one: one of them cannot be committed
+
+    # -- what the API uses ---------------------------------------------------------------------------------------------
+
+    @property
+    def reader(self) -> sqlite3.Connection:
+        """Committed state, for reading only."""
+        return self._database.reader
+
+    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Run ``change`` in the next transaction; see ``Cell.write``."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._post(Entry(change=change, done=done))
+        return await done
+
+    async def start_batch(self, batch: ValidBatch) -> None:
+        """``validating`` to ``in_progress``; see ``Cell.start_batch``."""
+        row = self.reader.execute("SELECT * FROM batch WHERE batch_no = ?", (batch.batch_no,)).fetchone()
+        self.blobs.open(self._input_blob(row)).close()  # fails now rather than later
+
+        def keep_index(db: sqlite3.Connection) -> None:
+            status = db.execute("SELECT status FROM batch WHERE batch_no = ?", (batch.batch_no,)).fetchone()[0]
+            if status != "validating":
+                raise StartedError("the batch has left validating already")
+            books.write_index(db, batch.batch_no, batch.offsets, batch.lengths)
+            db.execute("UPDATE batch SET model = ? WHERE batch_no = ?", (batch.model, batch.batch_no))
+
+        started = self._started(row, batch.kind, batch.model, batch.lengths)
+        while True:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._post(Entry(change=keep_index, event=started, done=done))
+            try:
+                return await done
+            except StartedError:
+                return None  # a try before this one was committed after all
+            except StorageFullError as error:
+                log.warning("%s waits in validating: %s", row["batch_id"], error.message)
+                await asyncio.sleep(REBUILD_WAIT_S)
+
+    async def cancel_batch(self, batch_no: int) -> None:
+        """``in_progress`` to ``cancelling``; see ``Cell.cancel_batch``."""
+        if batch_no not in self.scheduler.jobs:
+            raise ConflictError("only a batch that is in progress can be cancelled", code="batch_not_cancellable")
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._post(Entry(event=ev.CancelAsked(cause_id="customer", job_no=batch_no), done=done))
+        await done
+
+    async def answer(self, request: LiveRequest) -> LiveAnswer:
+        """Run a plain live request; see ``Cell.answer``."""
+        return await self.desk.answer(request)
+
+    def live(self, request: LiveRequest) -> AsyncIterator[LiveTokens | LiveAnswer]:
+        """Run a live request; see ``Cell.live``."""
+        return self.desk.run(request)
+
+    # -- start and stop ------------------------------------------------------------------------------------------------
+
+    async def start(self, link: CellLink) -> None:
+        """Rebuild the state from the books and begin to work with the vehicles of ``link``."""
+        self._link = link
+        self._restore()
+        await link.listen(self._on_state, self._on_live)
+        link.pull_work(self._on_work)
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
+        self.ask_all()
+
+    def on_link(self, up: bool) -> None:
+        """The link to the message server broke or is back: what was on its way to us is lost."""
+        if up:
+            self.desk.on_link_lost()
+            self.ask_all()
+
+    def strike_off(self, vehicle_id: str) -> None:
+        """A vehicle was revoked in the books: it gets nothing more, and nothing that it sends is accepted."""
+        self.enrolled.discard(vehicle_id)
+        self.desk.on_struck_off(vehicle_id)
+        self.post(ev.VehicleRevoked(cause_id="operator", vehicle_id=vehicle_id))
+
+    def ask_all(self) -> None:
+        """Ask every vehicle to report now."""
+        data = wire.encode(wire.Sync())
+        for vehicle_id in sorted(self.enrolled):
+            self.send(vehicle_id, data)
+
+    def send(self, vehicle_id: str, data: bytes) -> None:
+        """Send one message to a vehicle."""
+        if self._link is not None:
+            self._link.send(vehicle_id, data)
+
+    async def stop(self) -> None:
+        """Stop in good order; everything accepted is in the books."""
+        if self._tasks and not self._tasks[0].done():
+            self._flush_gathered()
+            try:
+                async with asyncio.timeout(STOP_GRACE_S):
+                    await self.write(lambda _: None)  # everything before it is committed when this is
+            except (TimeoutError, MotorpoolError) as error:
+                log.warning("stopping with work undone: %s", type(error).__name__)
+        for task in [*self._tasks, *self._assembling.values()]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._assembling.values(), return_exceptions=True)
+        if self._link is not None:
+            await self._link.close()
+        for file in self._files.values():
+            file.stream.close()
+        self._committer.shutdown()
+        self._database.close()
+
+    def check(self) -> None:
+        """Raise what ended the loop, if it has ended."""
+        for task in self._tasks:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                raise StoreError("the cell's loop has stopped") from task.exception()
+        if self._link is not None:
+            self._link.check()
+
+    def post(self, event: ev.SchedulerEvent) -> None:
+        """Give the scheduler an event that nobody waits for."""
+        self._post(Entry(event=event))
+
+    def post_soon(self, event: ev.SchedulerEvent) -> None:
+        """Give the scheduler an event within GATHER_S, together with others: one commit for all of them."""
+        if not self._gathered:
+            asyncio.get_running_loop().call_later(GATHER_S, self._flush_gathered)
+        self._gathered.append(Entry(event=event))
+
+    def _flush_gathered(self) -> None:
+        self._inbox.extend(self._gathered)
+        self._gathered.clear()
+        self._wake.set()
+
+    def _post(self, entry: Entry) -> None:
+        self._inbox.append(entry)
+        self._wake.set()
+
+    # -- from the books ------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        db = self._database.writer
+        self.scheduler = Scheduler(books.next_epoch(db))
+        self.enrolled = {row["vehicle_id"] for row in books.list_vehicles(db)}
+        for file in self._files.values():
+            file.stream.close()
+        self._files.clear()
+        finished = books.leftover_batches(db)
+        for row in books.open_batches(db):
+            number = row["batch_no"]
+            if row["status"] == "finalizing" or (row["status"] != "validating" and not self._has_input(row)):
+                finished.append(number)
+            elif row["status"] != "validating":
+                self._restore_job(db, row)
+        commands: list[ev.Command] = []
+        for lease in books.leases(db):
+            if lease.job_no in self.scheduler.jobs and lease.vehicle_id in self.enrolled:
+                self.scheduler.restore_lease(lease)
+            else:
+                commands.append(ev.DropLease(lease_id=lease.lease_id))
+        now = self.now_ms()
+        db.execute("BEGIN IMMEDIATE")
+        acts = self._apply([*commands, *self.scheduler.resume(now)], Entry(), db, now)
+        db.execute("COMMIT")
+        for number in finished:
+            self._assemble(number)
+        self._perform(acts)
+
+    def _restore_job(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
+        number = row["batch_no"]
+        _, lengths = books.read_index(db, number)
+        kind = Kind(row["endpoint"].removeprefix("/v1/"))
+        carried, checkpoint_bytes = books.carried(db, number)
+        self.scheduler.restore_job(
+            self._started(row, kind, row["model"], lengths),
+            done=books.done_lines(db, number),
+            carried=carried,
+            checkpoint_bytes=checkpoint_bytes,
+            cancelling_ms=row["cancelling_ms"],
+        )
+
+    def _started(self, row: sqlite3.Row, kind: Kind, model: str, lengths: npt.NDArray[np.uint32]) -> ev.JobStarted:
+        return ev.JobStarted(
+            cause_id=row["batch_id"],
+            job_no=row["batch_no"],
+            job_id=row["batch_id"],
+            account=row["account"],
+            kind=kind,
+            model=model,
+            price=self.price_of(model),
+            expires_ms=row["expires_ms"],
+            lengths=lengths,
+        )
+
+    def _input_blob(self, row: sqlite3.Row) -> str:
+        found = self.reader.execute("SELECT blob FROM file WHERE file_id = ?", (row["input_file_id"],)).fetchone()
+        if found is None:
+            raise StoreError(f"the input file of {row['batch_id']} is not in the books")
+        return str(found["blob"])
+
+    def _has_input(self, row: sqlite3.Row) -> bool:
+        try:
+            return self.blobs.exists(self._input_blob(row))
+        except StoreError:
+            return False
+
+    def _input(self, batch_no: int) -> InputFile:
+        """The input file of a job in progress, opened when it is first needed."""
+        file = self._files.get(batch_no)
+        if file is None:
+            row = self.reader.execute("SELECT * FROM batch WHERE batch_no = ?", (batch_no,)).fetchone()
+            offsets, lengths = books.read_index(self.reader, batch_no)
+            stream = self.blobs.open(self._input_blob(row))
+            file = self._files[batch_no] = InputFile(stream, row["batch_id"], offsets, lengths)
+        return file
+
+    def price_of(self, model: str) -> Price:
+        """What the catalogue says that a model costs."""
+        known = self.catalogue.get(model)
+        return Price(input_micro=known.input_micro, output_micro=known.output_micro)
+
+    # -- from vehicles -------------------------------------------------------------------------------------------------
+
+    def _on_state(self, vehicle_id: str, data: bytes) -> None:
+        if vehicle_id not in self.enrolled:
+            return
+        try:
+            message = wire.decode(wire.UP_STATE, data)
+        except MotorpoolError as error:
+            log.warning("%s sent a message that is refused: %s", vehicle_id, error.code)
+            return
+        if isinstance(message, wire.State):
+            cause = f"{vehicle_id}/{message.incarnation}/{message.seq}"
+            self.post(ev.VehicleReported(cause_id=cause, vehicle_id=vehicle_id, state=message))
+            return
+        items = [item for item in message.items if len(item.checkpoint) <= MAX_CHECKPOINT_BYTES]
+        progress = ev.ProgressMade(
+            cause_id=f"{vehicle_id}/{message.lease_id}",
+            vehicle_id=vehicle_id,
+            lease_id=message.lease_id,
+            job_id=message.job_id,
+            lines=[item.line for item in items],
+            tokens=[item.tokens for item in items],
+            sizes=[len(item.checkpoint) for item in items],
+        )
+        self._post(Entry(event=progress, bodies=[item.checkpoint for item in items]))
+
+    def _on_live(self, vehicle_id: str, data: bytes) -> None:
+        if vehicle_id in self.enrolled:
+            self.desk.on_message(vehicle_id, data)
+
+    async def _on_work(self, messages: list[WorkMessage]) -> None:
+        for message in messages:
+            entry = self._work_entry(message)
+            if entry is None:
+                await message.acknowledge()  # nobody could ever use it
+            else:
+                self._post(entry)
+        while len(self._inbox) > MAX_WAITING:
+            self._room.clear()
+            await self._room.wait()
+
+    def _work_entry(self, message: WorkMessage) -> Entry | None:
+        if message.vehicle_id not in self.enrolled:
+            return None
+        try:
+            work = wire.decode(wire.UP_WORK, message.data)
+        except MotorpoolError as error:
+            log.warning("%s sent work that is refused: %s", message.vehicle_id, error.code)
+            return None
+        cause = f"{message.vehicle_id}/{work.message_id}"
+        if isinstance(work, wire.Results):
+            good = [_is_one_line_of_json(item.body) for item in work.items]
+            event: ev.SchedulerEvent = ev.ResultsArrived(
+                cause_id=cause,
+                vehicle_id=message.vehicle_id,
+                lease_id=work.lease_id,
+                job_id=work.job_id,
+                message_id=work.message_id,
+                lines=[item.line for item in work.items],
+                statuses=[
+                    item.status if fits else _NOT_JSON.status for item, fits in zip(work.items, good, strict=True)
+                ],
+                prompt_tokens=[item.prompt_tokens for item in work.items],
+                completion_tokens=[item.completion_tokens for item in work.items],
+                cached_tokens=[item.cached_tokens for item in work.items],
+                carried_tokens=[item.carried_tokens for item in work.items],
+                energy_mwh=work.energy_mwh,
+            )
+            bodies = [item.body if fits else _NOT_JSON_BODY for item, fits in zip(work.items, good, strict=True)]
+            return Entry(event=event, bodies=bodies, message=message)
+        checkpoints = [
+            b"" if item.checkpoint is None or len(item.checkpoint) > MAX_CHECKPOINT_BYTES else item.checkpoint
+            for item in work.items
+        ]
+        returned = ev.WorkReturned(
+            cause_id=cause,
+            vehicle_id=message.vehicle_id,
+            lease_id=work.lease_id,
+            job_id=work.job_id,
+            reason=work.reason,
+            lines=[item.line for item in work.items],
+            tokens=[item.tokens if data else 0 for item, data in zip(work.items, checkpoints, strict=True)],
+            sizes=[len(data) for data in checkpoints],
+            started=[item.started for item in work.items],
+        )
+        return Entry(event=returned, bodies=checkpoints, message=message)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_MS / 1000)
+            self.post(ev.Ticked(cause_id="tick"))
+            self.desk.on_tick()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            most = 1 if self._singly else MAX_TAKEN
+            entries = [self._inbox.popleft() for _ in range(min(len(self._inbox), most))]
+            if not self._inbox:
+                self._wake.clear()
+            if len(self._inbox) <= MAX_WAITING:
+                self._room.set()
+            try:
+                await self._transact(entries)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the state in memory is no longer the books'
+                await self._recover(entries, error)
+            else:
+                self._singly = max(0, self._singly - len(entries))
+
+    async def _transact(self, entries: list[Entry]) -> None:
+        db = self._database.writer
+        now = self.now_ms()
+        acts: list[ev.Command] = []
+        answers: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
+        db.execute("BEGIN IMMEDIATE")
+        for entry in entries:
+            result, error = None, None
+            if entry.change is not None:
+                result, error = self._change(db, entry.change)
+            if entry.event is not None and error is None:
+                acts += self._apply(self.scheduler.handle(entry.event, now), entry, db, now)
+            if entry.done is not None:
+                answers.append((entry.done, result, error))
+        if db.total_changes != self._changes:
+            await asyncio.get_running_loop().run_in_executor(self._committer, db.execute, "COMMIT")
+            self._changes = db.total_changes
+        else:
+            db.execute("COMMIT")
+        for done, result, error in answers:
+            if done.done():
+                continue
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+        self._perform(acts)
+        for entry in entries:
+            if entry.message is not None:
+                await entry.message.acknowledge()
+
+    def _change(
+        self, db: sqlite3.Connection, change: Callable[[sqlite3.Connection], Any]
+    ) -> tuple[Any, Exception | None]:
+        """Run one change so that its failure undoes only itself."""
+        db.execute("SAVEPOINT change")
+        try:
+            result = change(db)
+        except Exception as error:
+            if _is_outage(error):
+                raise
+            db.execute("ROLLBACK TO change")
+            db.execute("RELEASE change")
+            return None, error
+        db.execute("RELEASE change")
+        return result, None
+
+    # -- when a transaction fails --------------------------------------------------------------------------------------
+
+    async def _recover(self, entries: list[Entry], error: Exception) -> None:
+        """A transaction failed and is undone; nothing of it was acknowledged, answered or performed."""
+        self._roll_back()
+        if _is_outage(error):
+            problem = self._problem(error)
+            log.error("a transaction failed, the state is rebuilt from the books: %s", problem.message)
+            self._inbox.extendleft(reversed(entries))
+            await self._rebuild(problem)
+        elif len(entries) > 1:
+            log.error("a transaction failed (%s): its %d entries are tried alone", type(error).__name__, len(entries))
+            self._inbox.extendleft(reversed(entries))
+            self._singly = len(entries)
+            await self._rebuild(None)
+        else:
+            await self._drop(entries[0], error)
+            self._singly = max(0, self._singly - 1)
+            await self._rebuild(None)
+        self._wake.set()
+
+    async def _drop(self, entry: Entry, error: Exception) -> None:
+        """Give up an entry that cannot be committed; a lease that it was about ends by itself."""
+        what = type(entry.event).__name__ if entry.event is not None else "a change"
+        cause = entry.event.cause_id if entry.event is not None else "the API"
+        _log_foreign(f"{what} by {cause} cannot be committed and is dropped", error)
+        if entry.done is not None and not entry.done.done():
+            entry.done.set_exception(StoreError("this could not be written down", code="internal_error"))
+        if entry.message is not None:
+            await entry.message.acknowledge()
+
+    async def _rebuild(self, problem: MotorpoolError | None) -> None:
+        """Build the state again from the books; while that fails, nobody is left waiting."""
+        while True:
+            if problem is not None:
+                self._refuse_waiting(problem)
+                await asyncio.sleep(REBUILD_WAIT_S)
+                self._refuse_waiting(problem)
+            try:
+                self._restore()
+            except (sqlite3.Error, OSError, MotorpoolError) as error:
+                self._roll_back()
+                problem = self._problem(error)
+                log.error("the state could not be rebuilt yet: %s", problem.message)  # noqa: TRY400 - it says enough
+                continue
+            self.ask_all()
+            return
+
+    def _refuse_waiting(self, problem: MotorpoolError) -> None:
+        """Tell whoever waits; keep what comes only once, drop reports, which come again."""
+        kept = [entry for entry in self._inbox if entry.comes_once]
+        for entry in self._inbox:
+            if entry.done is not None and not entry.done.done():
+                entry.done.set_exception(problem)
+        self._inbox.clear()
+        self._inbox.extend(kept)
+
+    def _roll_back(self) -> None:
+        if self._database.writer.in_transaction:
+            self._database.writer.execute("ROLLBACK")
+
+    def _problem(self, error: Exception) -> MotorpoolError:
+        if isinstance(error, MotorpoolError):
+            return error
+        if isinstance(error, sqlite3.Error):
+            return translate(error, self._database.path)
+        return StoreError(f"the store failed: {type(error).__name__}")
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+
+    def _apply(self, commands: list[ev.Command], entry: Entry, db: sqlite3.Connection, now_ms: int) -> list[ev.Command]:
+        """Write what changes the books; return the acts for after the commit."""
+        acts: list[ev.Command] = []
+        for command in commands:
+            match command:
+                case ev.SaveResults():
+                    self._save_results(db, command, entry)
+                case ev.SaveLease():
+                    books.save_lease(db, command)
+                case ev.DropLease():
+                    books.drop_lease(db, command.lease_id)
+                case ev.SaveJobCounts():
+                    books.add_job_counts(db, command)
+                case ev.SaveVehicleCounts():
+                    books.add_vehicle_counts(db, command)
+                case ev.PostTransfers():
+                    books.post_transfers(db, command.transfers, now_ms)
+                case ev.SaveCheckpoints():
+                    for line, tokens, shares, place in zip(
+                        command.lines, command.tokens, command.shares, command.picks, strict=True
+                    ):
+                        key = books.line_key(command.job_no, line)
+                        books.save_checkpoint(db, key, tokens, entry.bodies[place], shares)
+                case ev.SaveFailures():
+                    body = msgspec.json.encode({"code": command.code, "message": command.message})
+                    keys = [books.line_key(command.job_no, line) for line in command.lines]
+                    books.insert_results(db, [(key, 0, body, None, 0, 0, 0, 0) for key in keys])
+                    books.drop_checkpoints(db, keys)
+                case ev.SaveJobStatus():
+                    books.set_status(db, command.job_no, command.status, now_ms)
+                case ev.Note():
+                    cause = entry.event.cause_id if entry.event is not None else "restart"
+                    books.add_story(db, command.subject, now_ms, cause, command.what)
+                case _:
+                    acts.append(command)
+        return acts
+
+    def _save_results(self, db: sqlite3.Connection, command: ev.SaveResults, entry: Entry) -> None:
+        event = entry.event
+        assert isinstance(event, ev.ResultsArrived)
+        high = command.job_no << books.LINE_BITS
+        picks = command.picks
+        keys = [high | event.lines[place] for place in picks]
+        books.insert_results(
+            db,
+            list(
+                zip(
+                    keys,
+                    [event.statuses[place] for place in picks],
+                    [entry.bodies[place] for place in picks],
+                    [command.vehicle_id] * len(picks),
+                    [event.prompt_tokens[place] for place in picks],
+                    [event.completion_tokens[place] for place in picks],
+                    command.carried_tokens,
+                    command.costs_micro,
+                    strict=True,
+                )
+            ),
+        )
+        books.drop_checkpoints(db, [high | line for line in command.with_checkpoint])
+
+    def _perform(self, acts: list[ev.Command]) -> None:
+        for act in acts:
+            try:
+                self._perform_one(act)
+            except Exception as error:  # noqa: BLE001 - it is in the books: a grant is sent again, a batch assembled
+                _log_foreign(f"{type(act).__name__} failed", error)
+
+    def _perform_one(self, act: ev.Command) -> None:
+        match act:
+            case ev.SendGrant():
+                self._send_grant(act)
+            case ev.SendRevoke():
+                revoke = wire.Revoke(lease_id=act.lease_id, lines=act.lines, keep_running=act.keep_running)
+                self.send(act.vehicle_id, wire.encode(revoke))
+            case ev.AssembleFiles():
+                self._assemble(act.job_no)
+            case _:
+                raise AssertionError(f"nobody performs {type(act).__name__}")
+
+    def _send_grant(self, act: ev.SendGrant) -> None:
+        if act.lease_id not in self.scheduler.leases:
+            return  # it ended within the same transaction
+        file = self._input(act.job_no)
+        checkpoints = books.read_checkpoints(self._database.writer, act.job_no, act.with_checkpoint)
+        items = [
+            wire.Item(line=number, body=parse_line(line)[1], checkpoint=checkpoints.get(number))
+            for number, line in zip(act.lines, file.lines(act.lines), strict=True)
+        ]
+        grant = wire.Grant(
+            lease_id=act.lease_id,
+            incarnation=act.incarnation,
+            job_id=file.batch_id,
+            kind=act.kind,
+            model=act.model,
+            ttl_ms=act.ttl_ms,
+            items=items,
+        )
+        try:
+            data = wire.encode(grant)
+        except TooLargeError:
+            # Its checkpoints have grown since the lease was made: without them it fits, as it was made to.
+            bare = [msgspec.structs.replace(item, checkpoint=None) for item in items]
+            data = wire.encode(msgspec.structs.replace(grant, items=bare))
+        self.send(act.vehicle_id, data)
+
+    # -- the end of a batch --------------------------------------------------------------------------------------------
+
+    def _assemble(self, batch_no: int) -> None:
+        if batch_no not in self._assembling:
+            task = asyncio.create_task(self._assemble_files(batch_no))
+            self._assembling[batch_no] = task
+            task.add_done_callback(lambda _: self._assembling.pop(batch_no, None))
+
+    async def _assemble_files(self, batch_no: int) -> None:
+        """Write the files of a batch that has ended; on a full disk or a failing store, try until it works."""
+        wait_s = REBUILD_WAIT_S
+        while True:
+            try:
+                await assemble(self, batch_no)
+            except Exception as error:  # noqa: BLE001 - a batch is never left without its end
+                _log_foreign(f"the files of batch {batch_no} could not be written yet", error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, MAX_REWRITE_WAIT_S)
+                continue
+            break
+        file = self._files.pop(batch_no, None)
+        if file is not None:
+            file.stream.close()
+
+
+def _log_foreign(what: str, error: Exception) -> None:
+    # The text of a foreign error may hold a customer's data; its type and place do not.
+    log.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the disk or the database is at fault, so that the same may work later."""
+    return isinstance(error, OSError) or (isinstance(error, sqlite3.Error) and not isinstance(error, _OF_THE_ENTRY))
+
+
+def _is_one_line_of_json(body: bytes) -> bool:
+    """Whether an answer can stand in an output file, where every line is one JSON object."""
+    try:
+        _raw.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+    return b"\n" not in body

@@ -1,0 +1,167 @@
+"""The OpenAI-compatible API as one ASGI application: finds the route, checks the key, turns every failure into an error
+in OpenAI's envelope.
+
+Written against ASGI itself: a chat completion passes no framework on its way. Must not: log a body, a key or a prompt.
+
+Called by: ``server.main``, which serves it and calls ``resume`` at start and ``close`` at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sqlite3
+import traceback
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from motorpool.errors import MotorpoolError, NotFoundError
+from motorpool.server.cell import Cell
+from motorpool.server.openai.batches import BatchRoutes
+from motorpool.server.openai.exchange import ClientGoneError, Exchange, MethodNotAllowedError, Receive, Scope, Send
+from motorpool.server.openai.files import FileRoutes
+from motorpool.server.openai.keys import KeyRing
+from motorpool.server.openai.live import LiveRoutes
+from motorpool.server.openai.models import ModelRoutes
+from motorpool.server.openai.settings import ApiSettings
+from motorpool.server.openai.validation import Validation
+
+Handler = Callable[[Exchange, str], Awaitable[None]]
+_log = logging.getLogger(__name__)
+_PLACE = re.compile(r"\\\{[a-z_]+(\\:path)?\\\}")
+
+
+class Route(msgspec.Struct, frozen=True):
+    """One route: ``{name}`` stands for one segment of the path, ``{name:path}`` for any number of them."""
+
+    method: str
+    template: str
+    handler: Handler
+    needs_key: bool = True
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What paths of this route look like."""
+        text = _PLACE.sub(lambda found: "(.+)" if found[1] else "([^/]+)", re.escape(self.template).replace(":", r"\:"))
+        return re.compile(text)
+
+
+class Api:
+    """The application."""
+
+    def __init__(self, cell: Cell, settings: ApiSettings) -> None:
+        self._cell = cell
+        self._keys = KeyRing(lambda: cell.reader, cell.now_ms, settings.key_ttl_ms)
+        self.validation = Validation(cell, settings)
+        self.routes = self._make_routes(settings)
+        self._fixed: dict[str, dict[str, Route]] = {}
+        self._patterns: list[tuple[re.Pattern[str], Route]] = []
+        for route in self.routes:
+            if "{" in route.template:
+                self._patterns.append((route.pattern, route))
+            else:
+                self._fixed.setdefault(route.template, {})[route.method] = route
+
+    def _make_routes(self, settings: ApiSettings) -> list[Route]:
+        live = LiveRoutes(self._cell, settings)
+        files = FileRoutes(self._cell, settings)
+        batches = BatchRoutes(self._cell, settings, self.validation)
+        models = ModelRoutes(self._cell)
+        return [
+            Route("POST", "/v1/chat/completions", live.chat),
+            Route("POST", "/v1/completions", live.completion),
+            Route("GET", "/v1/models", models.page),
+            Route("GET", "/v1/models/{model:path}", models.show),
+            Route("POST", "/v1/files", files.upload),
+            Route("GET", "/v1/files", files.page),
+            Route("GET", "/v1/files/{file_id}", files.show),
+            Route("DELETE", "/v1/files/{file_id}", files.delete),
+            Route("GET", "/v1/files/{file_id}/content", files.content),
+            Route("POST", "/v1/batches", batches.create),
+            Route("GET", "/v1/batches", batches.page),
+            Route("GET", "/v1/batches/{batch_id}", batches.show),
+            Route("POST", "/v1/batches/{batch_id}/cancel", batches.cancel),
+            Route("GET", "/healthz", _health, needs_key=False),
+        ]
+
+    def resume(self) -> int:
+        """Go on with the batches that a stop left in ``validating``; return how many."""
+        return self.validation.resume()
+
+    async def close(self) -> None:
+        """Stop background work."""
+        await self.validation.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "http":
+            await self._serve(Exchange(scope, receive, send, self._cell.now_ms))
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": "no WebSocket is served here"})
+
+    async def _serve(self, exchange: Exchange) -> None:
+        try:
+            route, argument = self._find(exchange.scope["method"], exchange.scope["path"])
+            if route.needs_key:
+                exchange.account = self._keys.account(exchange.header(b"authorization"))
+            await route.handler(exchange, argument)
+        except ClientGoneError:
+            return
+        except MotorpoolError as error:
+            await self._tell(exchange, error)
+        except Exception as error:  # noqa: BLE001 - the client gets an answer whatever happens
+            await self._tell(exchange, self._unexpected(exchange, error))
+
+    def _find(self, method: str, path: str) -> tuple[Route, str]:
+        methods = self._fixed.get(path)
+        if methods is not None:
+            route = methods.get(method)
+            if route is not None:
+                return route, ""
+            raise MethodNotAllowedError(", ".join(sorted(methods)))
+        allowed: list[str] = []
+        for pattern, route in self._patterns:
+            found = pattern.fullmatch(path)
+            if found:
+                if route.method == method:
+                    return route, found[1]
+                allowed.append(route.method)
+        if allowed:
+            raise MethodNotAllowedError(", ".join(sorted(allowed)))
+        raise NotFoundError("there is no such route: the routes are in docs/reference/api.md", code="unknown_route")
+
+    async def _tell(self, exchange: Exchange, error: MotorpoolError) -> None:
+        if exchange.responding:
+            # Half a response is out: only breaking the connection tells the client that the rest is missing.
+            _log.warning("%s: response broken off: %s", exchange.request_id, error.code)
+            return
+        if error.status >= 500:
+            _log.warning("%s: answered %d %s", exchange.request_id, error.status, error.code)
+        await exchange.answer_error(error)
+
+    def _unexpected(self, exchange: Exchange, error: Exception) -> MotorpoolError:
+        # The text of a foreign error may hold a customer's data; its type and place do not.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("%s: unexpected %s\n%s", exchange.request_id, type(error).__name__, frames)
+        if isinstance(error, sqlite3.Error):
+            return MotorpoolError(f"the database failed: quote {exchange.request_id}", code="store_error")
+        return MotorpoolError(f"internal error: quote {exchange.request_id}", code="internal_error")
+
+
+async def _health(exchange: Exchange, _: str) -> None:
+    """GET /healthz: the process serves requests."""
+    await exchange.answer(200, b'{"status":"ok"}')
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while (await receive())["type"] != "lifespan.shutdown":
+        await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+def build_app(cell: Cell, settings: ApiSettings | None = None) -> Api:
+    """The application for a cell. Build it inside a running event loop."""
+    return Api(cell, settings or ApiSettings())

@@ -1,0 +1,262 @@
+"""Batches: created, listed, shown, cancelled. Running them is the cell's work, checking their files ``validation``'s.
+
+Called by: ``app``. Must not: read input files, or change a batch that has left ``validating``.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from sqlite3 import Connection
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Raw
+
+from motorpool.errors import CallerError
+from motorpool.server.cell import Cell
+from motorpool.server.openai.decoding import decode
+from motorpool.server.openai.exchange import Exchange
+from motorpool.server.openai.files import page_limit
+from motorpool.server.openai.requests import Metadata
+from motorpool.server.openai.settings import (
+    MAX_BATCHES_PAGE,
+    MAX_EXPIRY_S,
+    MAX_WINDOW_S,
+    MIN_EXPIRY_S,
+    MIN_WINDOW_S,
+    ApiSettings,
+)
+from motorpool.server.openai.validation import LineError, Validation
+from motorpool.store import customer
+from motorpool.store.customer import BatchRow, BatchStatus
+
+DEFAULT_BATCHES_PAGE: Final = 20
+_WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])", re.ASCII)
+_UNIT_S: Final = {"m": 60, "h": 3600, "d": 86400}
+_errors: Final = msgspec.json.Decoder(list[LineError])
+
+
+class OutputExpiry(msgspec.Struct, frozen=True, kw_only=True):
+    """How long output files are kept after they were made."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Meta(ge=MIN_EXPIRY_S, le=MAX_EXPIRY_S)]
+
+
+class NewBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /v1/batches."""
+
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    completion_window: str
+    metadata: Metadata | None = None
+    output_expires_after: OutputExpiry | None = None
+
+
+_new_batch: Final = msgspec.json.Decoder(NewBatch)
+
+
+class BatchErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the file of a batch is invalid."""
+
+    object: Literal["list"] = "list"
+    data: list[LineError]
+
+
+class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Lines of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class InputDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the input tokens, those that the engine need not read again."""
+
+    cached_tokens: int
+
+
+class OutputDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the output tokens, those of hidden reasoning; always 0 here."""
+
+    reasoning_tokens: int = 0
+
+
+class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of the finished lines."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails = OutputDetails()
+    total_tokens: int
+
+
+class BatchExtra(msgspec.Struct, frozen=True, kw_only=True):
+    """What OpenAI has no field for: tokens that a vehicle took over from another, and the cost so far."""
+
+    carried_tokens: int
+    cost_micro: int
+
+
+class BatchObject(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch as a customer sees it; times in seconds since 1970 (UTC)."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: Raw | None
+    motorpool: BatchExtra
+
+
+class BatchList(msgspec.Struct, frozen=True, kw_only=True):
+    """One page of batches."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def batch_object(row: BatchRow) -> BatchObject:
+    """The customer's view of a row."""
+    return BatchObject(
+        id=row.batch_id,
+        endpoint=row.endpoint,
+        model=row.model,
+        errors=None if row.errors is None else BatchErrors(data=_errors.decode(row.errors)),
+        input_file_id=row.input_file_id,
+        completion_window=row.completion_window,
+        status=row.status,
+        output_file_id=row.output_file_id,
+        error_file_id=row.error_file_id,
+        created_at=row.created_ms // 1000,
+        in_progress_at=_seconds(row.in_progress_ms),
+        expires_at=row.expires_ms // 1000,
+        finalizing_at=_seconds(row.finalizing_ms),
+        completed_at=_seconds(row.completed_ms),
+        failed_at=_seconds(row.failed_ms),
+        expired_at=_seconds(row.expired_ms),
+        cancelling_at=_seconds(row.cancelling_ms),
+        cancelled_at=_seconds(row.cancelled_ms),
+        request_counts=RequestCounts(total=row.total, completed=row.completed, failed=row.failed),
+        usage=BatchUsage(
+            input_tokens=row.prompt_tokens,
+            input_tokens_details=InputDetails(cached_tokens=row.cached_tokens),
+            output_tokens=row.completion_tokens,
+            total_tokens=row.prompt_tokens + row.completion_tokens,
+        ),
+        metadata=None if row.metadata is None else Raw(row.metadata.encode()),
+        motorpool=BatchExtra(carried_tokens=row.carried_tokens, cost_micro=row.cost_micro),
+    )
+
+
+def _seconds(at_ms: int | None) -> int | None:
+    return None if at_ms is None else at_ms // 1000
+
+
+def window_s(text: str) -> int:
+    """Seconds of a completion window: a whole number and m, h or d, from 15m to 7d. Raises CallerError otherwise."""
+    found = _WINDOW.fullmatch(text)
+    seconds = int(found[1]) * _UNIT_S[found[2]] if found else 0
+    if not MIN_WINDOW_S <= seconds <= MAX_WINDOW_S:
+        raise CallerError(
+            "completion_window must be 24h or another whole number of m, h or d from 15m to 7d",
+            code="invalid_value",
+            param="completion_window",
+        )
+    return seconds
+
+
+class BatchRoutes:
+    """The routes under /v1/batches."""
+
+    def __init__(self, cell: Cell, settings: ApiSettings, validation: Validation) -> None:
+        self._cell = cell
+        self._settings = settings
+        self._validation = validation
+
+    async def create(self, exchange: Exchange, _: str) -> None:
+        """POST /v1/batches."""
+        new = decode(_new_batch, await exchange.json(self._settings.max_body_bytes))
+        now_ms = self._cell.now_ms()
+        draft = BatchRow(
+            batch_no=0,
+            batch_id="batch_" + secrets.token_hex(12),
+            account=exchange.account,
+            endpoint=new.endpoint,
+            input_file_id=new.input_file_id,
+            completion_window=new.completion_window,
+            status=BatchStatus.VALIDATING,
+            metadata=None if new.metadata is None else msgspec.json.encode(new.metadata).decode(),
+            output_expires_s=None if new.output_expires_after is None else new.output_expires_after.seconds,
+            created_ms=now_ms,
+            expires_ms=now_ms + window_s(new.completion_window) * 1000,
+        )
+
+        def change(connection: Connection) -> BatchRow:
+            file = customer.customers_file(connection, exchange.account, new.input_file_id, now_ms)
+            if file.purpose != "batch":
+                raise CallerError(
+                    "the input file must have been uploaded with purpose batch",
+                    code="invalid_purpose",
+                    param="input_file_id",
+                )
+            return customer.insert_batch(connection, draft)
+
+        row = await self._cell.write(change)
+        self._validation.begin(row)
+        await exchange.answer_object(batch_object(row))
+
+    async def page(self, exchange: Exchange, _: str) -> None:
+        """GET /v1/batches."""
+        query = exchange.query()
+        limit = page_limit(query, DEFAULT_BATCHES_PAGE, MAX_BATCHES_PAGE)
+        rows, more = customer.list_batches(self._cell.reader, exchange.account, limit=limit, after=query.get("after"))
+        data = [batch_object(row) for row in rows]
+        await exchange.answer_object(
+            BatchList(
+                data=data,
+                first_id=data[0].id if data else None,
+                last_id=data[-1].id if data else None,
+                has_more=more,
+            )
+        )
+
+    async def show(self, exchange: Exchange, batch_id: str) -> None:
+        """GET /v1/batches/{batch_id}."""
+        await exchange.answer_object(batch_object(self._row(exchange, batch_id)))
+
+    async def cancel(self, exchange: Exchange, batch_id: str) -> None:
+        """POST /v1/batches/{batch_id}/cancel; repeating it on a batch that is cancelling or cancelled is fine."""
+        row = self._row(exchange, batch_id)
+        if row.status == BatchStatus.VALIDATING:
+            await self._validation.cancel(row.batch_no)
+            row = self._row(exchange, batch_id)
+        if row.status not in {BatchStatus.CANCELLING, BatchStatus.CANCELLED}:
+            await self._cell.cancel_batch(row.batch_no)
+        await exchange.answer_object(batch_object(self._row(exchange, batch_id)))
+
+    def _row(self, exchange: Exchange, batch_id: str) -> BatchRow:
+        return customer.customers_batch(self._cell.reader, exchange.account, batch_id)

@@ -1,0 +1,339 @@
+"""What the scheduler commits, in SQL: leases, results, checkpoints, counts, transfers, stories; and reading it back.
+
+Every function works inside the caller's transaction. Called by: ``server.loop``, ``server.assembly``, ``server.admin``.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from motorpool.core import events as ev
+from motorpool.core.ledger import Transfer
+from motorpool.core.pricing import Shares
+
+LINE_BITS: Final = 32
+MAX_STORY_ENTRIES: Final = 2_000  # of one vehicle or job; the oldest go first
+_shares = msgspec.json.Decoder(list[tuple[str, int]])
+_base = msgspec.json.Decoder(dict[str, int])
+_OPEN: Final = "('validating', 'in_progress', 'finalizing', 'cancelling')"
+
+
+def line_key(batch_no: int, line: int) -> int:
+    """The primary key of a line over all batches."""
+    return batch_no << LINE_BITS | line
+
+
+ResultRow = tuple[int, int, bytes, str | None, int, int, int, int]
+
+
+def insert_results(db: sqlite3.Connection, rows: list[ResultRow]) -> None:
+    """Finished lines: (line_key, status, body, vehicle_id, prompt, completion, carried tokens, cost_micro).
+
+    A line that is there already raises sqlite3.IntegrityError: the books refuse to count it twice.
+    """
+    db.executemany("INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def drop_checkpoints(db: sqlite3.Connection, keys: Iterable[int]) -> None:
+    """These lines have ended; nobody needs what was generated of them."""
+    db.executemany("DELETE FROM checkpoint WHERE line_key = ?", ((key,) for key in keys))
+
+
+def save_checkpoint(db: sqlite3.Connection, key: int, tokens: int, data: bytes, shares: Shares) -> None:
+    """The newest checkpoint of a line."""
+    db.execute(
+        "INSERT OR REPLACE INTO checkpoint (line_key, tokens, data, shares) VALUES (?, ?, ?, ?)",
+        (key, tokens, data, msgspec.json.encode(shares).decode()),
+    )
+
+
+def read_checkpoints(db: sqlite3.Connection, batch_no: int, lines: list[int]) -> dict[int, bytes]:
+    """The checkpoints of these lines, as far as there are any."""
+    found: dict[int, bytes] = {}
+    for line in lines:
+        row = db.execute("SELECT data FROM checkpoint WHERE line_key = ?", (line_key(batch_no, line),)).fetchone()
+        if row is not None:
+            found[line] = row[0]
+    return found
+
+
+def save_lease(db: sqlite3.Connection, lease: ev.SaveLease) -> None:
+    """A new lease, or one that has lost lines."""
+    db.execute(
+        "INSERT OR REPLACE INTO lease VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            lease.lease_id,
+            lease.job_no,
+            lease.vehicle_id,
+            lease.incarnation,
+            lease.granted_ms,
+            lease.expires_ms,
+            np.array(lease.lines, dtype="<u4").tobytes(),
+            msgspec.json.encode({str(line): tokens for line, tokens in lease.base.items()}).decode(),
+        ),
+    )
+
+
+def drop_lease(db: sqlite3.Connection, lease_id: str) -> None:
+    """A lease is over."""
+    db.execute("DELETE FROM lease WHERE lease_id = ?", (lease_id,))
+
+
+def add_job_counts(db: sqlite3.Connection, counts: ev.SaveJobCounts) -> None:
+    """Add to the totals of a batch."""
+    db.execute(
+        "UPDATE batch SET completed = completed + ?, failed = failed + ?, prompt_tokens = prompt_tokens + ?,"
+        " cached_tokens = cached_tokens + ?, completion_tokens = completion_tokens + ?,"
+        " carried_tokens = carried_tokens + ?, cost_micro = cost_micro + ? WHERE batch_no = ?",
+        (
+            counts.completed,
+            counts.failed,
+            counts.prompt_tokens,
+            counts.cached_tokens,
+            counts.completion_tokens,
+            counts.carried_tokens,
+            counts.cost_micro,
+            counts.job_no,
+        ),
+    )
+
+
+def add_vehicle_counts(db: sqlite3.Connection, counts: ev.SaveVehicleCounts) -> None:
+    """Add to the totals of a vehicle."""
+    db.execute(
+        "UPDATE vehicle SET lines_done = lines_done + ?, tokens_generated = tokens_generated + ?,"
+        " tokens_handed_on = tokens_handed_on + ?, tokens_taken_over = tokens_taken_over + ?,"
+        " energy_mwh = energy_mwh + ? WHERE vehicle_id = ?",
+        (
+            counts.lines_done,
+            counts.tokens_generated,
+            counts.tokens_handed_on,
+            counts.tokens_taken_over,
+            counts.energy_mwh,
+            counts.vehicle_id,
+        ),
+    )
+
+
+_STATUS_TIMES: Final = {
+    "in_progress": "in_progress_ms",
+    "finalizing": "finalizing_ms",
+    "cancelling": "cancelling_ms",
+    "completed": "completed_ms",
+    "expired": "expired_ms",
+    "cancelled": "cancelled_ms",
+    "failed": "failed_ms",
+}
+
+
+def set_status(db: sqlite3.Connection, batch_no: int, status: str, now_ms: int) -> None:
+    """A batch changes its status; the time of each change is kept."""
+    column = _STATUS_TIMES[status]  # one of our own names, never input
+    db.execute(
+        f"UPDATE batch SET status = ?, {column} = ? WHERE batch_no = ?",  # noqa: S608
+        (status, now_ms, batch_no),
+    )
+
+
+def fail_batch(db: sqlite3.Connection, batch_no: int, now_ms: int, *, code: str, message: str, param: str) -> None:
+    """An open batch ends without its files, for a named reason."""
+    errors = msgspec.json.encode([{"code": code, "message": message, "param": param, "line": None}]).decode()
+    db.execute("UPDATE batch SET errors = ? WHERE batch_no = ?", (errors, batch_no))
+    set_status(db, batch_no, "failed", now_ms)
+
+
+def is_open(db: sqlite3.Connection, batch_no: int) -> bool:
+    """Whether a batch is not at its end."""
+    query = f"SELECT 1 FROM batch WHERE batch_no = ? AND status IN {_OPEN}"  # noqa: S608
+    return db.execute(query, (batch_no,)).fetchone() is not None
+
+
+def post_transfers(db: sqlite3.Connection, transfers: list[Transfer], now_ms: int) -> None:
+    """Move money; an id that is there already raises sqlite3.IntegrityError: nobody is paid twice."""
+    db.executemany(
+        "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(t.transfer_id, t.kind, t.debit, t.credit, t.amount_micro, t.reference, now_ms) for t in transfers],
+    )
+
+
+def balance_micro(db: sqlite3.Connection, account: str) -> int:
+    """What an account has received less what it has paid."""
+    row = db.execute(
+        "SELECT (SELECT coalesce(sum(amount_micro), 0) FROM transfer WHERE credit = :a)"
+        " - (SELECT coalesce(sum(amount_micro), 0) FROM transfer WHERE debit = :a)",
+        {"a": account},
+    ).fetchone()
+    return int(row[0])
+
+
+def add_story(db: sqlite3.Connection, subject: str, at_ms: int, cause_id: str, what: str) -> None:
+    """One more entry in the story of a vehicle or job, which keeps its newest entries."""
+    cursor = db.execute(
+        "INSERT INTO story (subject, at_ms, cause_id, what) VALUES (?, ?, ?, ?)", (subject, at_ms, cause_id, what)
+    )
+    if cursor.lastrowid is not None and cursor.lastrowid % 500 == 0:
+        db.execute(
+            "DELETE FROM story WHERE subject = ? AND n <= coalesce((SELECT n FROM story WHERE subject = ?"
+            " ORDER BY n DESC LIMIT 1 OFFSET ?), 0)",
+            (subject, subject, MAX_STORY_ENTRIES),
+        )
+
+
+def read_story(db: sqlite3.Connection, subject: str, limit: int) -> list[sqlite3.Row]:
+    """The newest entries, oldest first."""
+    rows = db.execute(
+        "SELECT at_ms, cause_id, what FROM story WHERE subject = ? ORDER BY n DESC LIMIT ?", (subject, limit)
+    ).fetchall()
+    return rows[::-1]
+
+
+def next_epoch(db: sqlite3.Connection) -> int:
+    """A number that no start before has had."""
+    row = db.execute(
+        "INSERT INTO meta VALUES ('epoch', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"
+    ).fetchone()
+    return int(row[0])
+
+
+# -- vehicles ----------------------------------------------------------------------------------------------------------
+
+
+def add_vehicle(db: sqlite3.Connection, vehicle_id: str, name: str, owner_key: str, now_ms: int) -> None:
+    """Enrol a vehicle, or enrol it again under the same id."""
+    db.execute(
+        "INSERT INTO vehicle (vehicle_id, name, owner_key, enrolled_ms) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (vehicle_id) DO UPDATE SET name = excluded.name, owner_key = excluded.owner_key,"
+        " revoked_ms = NULL",
+        (vehicle_id, name, owner_key, now_ms),
+    )
+
+
+def revoke_vehicle(db: sqlite3.Connection, vehicle_id: str, now_ms: int) -> bool:
+    """Strike a vehicle off; False if there was none."""
+    cursor = db.execute(
+        "UPDATE vehicle SET revoked_ms = ? WHERE vehicle_id = ? AND revoked_ms IS NULL", (now_ms, vehicle_id)
+    )
+    return cursor.rowcount > 0
+
+
+def list_vehicles(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """All enrolled vehicles, with their totals and what their owners have earned."""
+    return db.execute(
+        "SELECT vehicle.*, coalesce(earned, 0) AS earned_micro FROM vehicle LEFT JOIN"
+        " (SELECT credit, sum(amount_micro) AS earned FROM transfer GROUP BY credit)"
+        " ON credit = 'owner:' || vehicle_id WHERE revoked_ms IS NULL ORDER BY vehicle_id"
+    ).fetchall()
+
+
+# -- reading a batch back ----------------------------------------------------------------------------------------------
+
+
+def open_batches(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """Batches that are not at their end, oldest first."""
+    return db.execute(f"SELECT * FROM batch WHERE status IN {_OPEN} ORDER BY batch_no").fetchall()  # noqa: S608
+
+
+def recent_batches(db: sqlite3.Connection, limit: int) -> list[sqlite3.Row]:
+    """The newest batches, newest first, open or not."""
+    return db.execute("SELECT * FROM batch ORDER BY batch_no DESC LIMIT ?", (limit,)).fetchall()
+
+
+def read_index(db: sqlite3.Connection, batch_no: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
+    """Offsets and lengths of a batch's lines in its input file."""
+    row = db.execute("SELECT offsets, lengths FROM line_index WHERE batch_no = ?", (batch_no,)).fetchone()
+    if row is None:
+        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint32)
+    return np.frombuffer(row[0], dtype="<u8").astype(np.uint64), np.frombuffer(row[1], dtype="<u4").astype(np.uint32)
+
+
+def write_index(
+    db: sqlite3.Connection, batch_no: int, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
+) -> None:
+    """Keep where the lines of a batch are, and how many there are."""
+    db.execute(
+        "INSERT OR REPLACE INTO line_index VALUES (?, ?, ?)",
+        (batch_no, offsets.astype("<u8").tobytes(), lengths.astype("<u4").tobytes()),
+    )
+    db.execute("UPDATE batch SET total = ? WHERE batch_no = ?", (len(lengths), batch_no))
+
+
+def _range(batch_no: int) -> tuple[int, int]:
+    return line_key(batch_no, 0), line_key(batch_no + 1, 0)
+
+
+def done_lines(db: sqlite3.Connection, batch_no: int) -> npt.NDArray[np.int64]:
+    """The lines of a batch that have ended."""
+    low, high = _range(batch_no)
+    rows = db.execute("SELECT line_key FROM result WHERE line_key >= ? AND line_key < ?", (low, high))
+    return np.fromiter((row[0] - low for row in rows), dtype=np.int64)
+
+
+def carried(db: sqlite3.Connection, batch_no: int) -> tuple[dict[int, Shares], dict[int, int]]:
+    """Of the lines that have checkpoints: who generated what, and how many bytes the checkpoints are."""
+    low, high = _range(batch_no)
+    rows = db.execute(
+        "SELECT line_key, shares, length(data) FROM checkpoint WHERE line_key >= ? AND line_key < ?", (low, high)
+    ).fetchall()
+    return {row[0] - low: _shares.decode(row[1]) for row in rows}, {row[0] - low: row[2] for row in rows}
+
+
+def leases(db: sqlite3.Connection) -> list[ev.SaveLease]:
+    """All leases in the books, oldest first."""
+    rows = db.execute("SELECT * FROM lease ORDER BY granted_ms, lease_id").fetchall()
+    return [
+        ev.SaveLease(
+            lease_id=row["lease_id"],
+            job_no=row["batch_no"],
+            vehicle_id=row["vehicle_id"],
+            incarnation=row["incarnation"],
+            granted_ms=row["granted_ms"],
+            expires_ms=row["expires_ms"],
+            lines=np.frombuffer(row["lines"], dtype="<u4").tolist(),
+            base={int(line): tokens for line, tokens in _base.decode(row["carried"]).items()},
+        )
+        for row in rows
+    ]
+
+
+def results_from(db: sqlite3.Connection, batch_no: int, line: int, limit: int) -> Iterator[tuple[int, int, bytes]]:
+    """(line, status, body) of finished lines from ``line`` on, in order, at most ``limit``."""
+    low, high = _range(batch_no)
+    rows = db.execute(
+        "SELECT line_key, status, body FROM result WHERE line_key >= ? AND line_key < ? ORDER BY line_key LIMIT ?",
+        (low + line, high, limit),
+    )
+    for row in rows:
+        yield row[0] - low, row[1], row[2]
+
+
+def leftover_batches(db: sqlite3.Connection) -> list[int]:
+    """Batches that have ended while ``drop_line_data`` has not come to its end."""
+    rows = db.execute(
+        f"SELECT batch_no FROM line_index JOIN batch USING (batch_no) WHERE status NOT IN {_OPEN}"  # noqa: S608
+    )
+    return [row[0] for row in rows]
+
+
+def drop_line_data(db: sqlite3.Connection, batch_no: int, limit: int) -> bool:
+    """The files of a batch are written: forget up to ``limit`` of its answers; whether more are left.
+
+    The rows stay as proof of what was paid; the customer deletes the answers by deleting the file. Checkpoints and the
+    index of the lines go too, the index last: where it is there, the rest may be as well.
+    """
+    low, high = _range(batch_no)
+    cursor = db.execute(
+        "UPDATE result SET body = x'' WHERE line_key IN (SELECT line_key FROM result"
+        " WHERE line_key >= ? AND line_key < ? AND body <> x'' LIMIT ?)",
+        (low, high, limit),
+    )
+    if cursor.rowcount >= limit:
+        return True
+    db.execute("DELETE FROM checkpoint WHERE line_key >= ? AND line_key < ?", (low, high))
+    db.execute("DELETE FROM line_index WHERE batch_no = ?", (batch_no,))
+    return False

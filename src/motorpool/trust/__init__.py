@@ -1,0 +1,1 @@
+"""Identity, consent and keys: bytes in, verdict out."""

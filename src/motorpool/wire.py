@@ -1,0 +1,339 @@
+"""The messages between a vehicle and its cell: MessagePack, versioned, bounded, idempotent.
+
+Every message names what it belongs to (vehicle, incarnation, lease, request), so that one which is lost, repeated or
+reordered changes nothing that it should not. Bodies of requests and results are opaque bytes with a media type;
+sealing them later changes no message. Unknown fields are ignored and new fields have defaults: a newer peer can talk to
+an older one as long as ``VERSION`` is equal.
+
+Subjects (``v1`` is the version; a vehicle's credentials open its own ones and no others)::
+
+    mp.v1.down.<vehicle>             cell to vehicle: Grant, Revoke, Open, Close, Sync
+    mp.v1.up.<vehicle>.state         vehicle to cell: State, Progress
+    mp.v1.up.<vehicle>.work          durable stream: Results, Returned
+    mp.v1.up.<vehicle>.live          vehicle to cell: Tokens, Answered, Broken (live requests)
+
+Called by: agent, server. Must not: decide anything.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from motorpool.errors import CallerError, TooLargeError
+from motorpool.types import (
+    MAX_ITEMS_PER_MESSAGE,
+    MAX_MESSAGE_BYTES,
+    Kind,
+    Reason,
+    ReturnReason,
+    TokenCount,
+    Usage,
+    VehicleState,
+)
+
+VERSION: Final = 1
+STREAM_NAME: Final = "MOTORPOOL_WORK"
+WORK_SUBJECTS: Final = f"mp.v{VERSION}.up.*.work"
+MEDIA_JSON: Final = "application/json"
+
+# What a peer may say: decoding refuses the rest, so that no message can hold what the books cannot.
+Name = Annotated[str, Meta(max_length=256)]
+Line = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Total = Annotated[int, Meta(ge=0, le=1 << 50)]
+Status = Annotated[int, Meta(ge=100, le=599)]
+Slots = Annotated[int, Meta(ge=0, le=1 << 16)]
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def check_id(value: str, what: str) -> str:
+    """Return ``value`` if it can stand in a subject and in a path; raise CallerError otherwise."""
+    if not _ID.fullmatch(value):
+        raise CallerError(f"{what} must be 1 to 64 letters, digits, '-' or '_'", code="invalid_id", param=what)
+    return value
+
+
+def down_subject(vehicle_id: str) -> str:
+    """Where the cell speaks to one vehicle."""
+    return f"mp.v{VERSION}.down.{vehicle_id}"
+
+
+def up_subject(vehicle_id: str, channel: str) -> str:
+    """Where one vehicle speaks to the cell; ``channel`` is ``state``, ``work`` or ``live``."""
+    return f"mp.v{VERSION}.up.{vehicle_id}.{channel}"
+
+
+def vehicle_of(subject: str) -> str:
+    """The vehicle that a subject belongs to. The server enforces it, so this is who really sent a message."""
+    return subject.split(".")[3]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
+    """Common to all messages."""
+
+    v: int = VERSION
+
+
+# -- cell to vehicle ---------------------------------------------------------------------------------------------------
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One attempt in a lease: a line of the job, its body, and what earlier vehicles already generated."""
+
+    line: int
+    body: bytes
+    checkpoint: bytes | None = None
+
+
+class Grant(Message, frozen=True, kw_only=True, tag="grant"):
+    """The right to run ``items`` for ``ttl_ms`` from arrival. Repeating it with one ``lease_id`` changes nothing."""
+
+    lease_id: str
+    incarnation: str
+    job_id: str
+    kind: Kind
+    model: str
+    ttl_ms: int
+    items: list[Item]
+    media_type: str = MEDIA_JSON
+
+
+class Revoke(Message, frozen=True, kw_only=True, tag="revoke"):
+    """Give back ``lines`` of a lease (all if None). Attempts that run already go on if ``keep_running``."""
+
+    lease_id: str
+    lines: list[int] | None = None
+    keep_running: bool = False
+
+
+class Open(Message, frozen=True, kw_only=True, tag="open"):
+    """Run one live request now. ``attempt`` counts the vehicles that tried; later ones get a checkpoint."""
+
+    request_id: str
+    attempt: int
+    kind: Kind
+    model: str
+    stream: bool
+    body: bytes
+    checkpoint: bytes | None = None
+    media_type: str = MEDIA_JSON
+
+
+class Close(Message, frozen=True, kw_only=True, tag="close"):
+    """Nobody waits for this live request any more."""
+
+    request_id: str
+
+
+class Sync(Message, frozen=True, kw_only=True, tag="sync"):
+    """The cell has (re)started: report state now."""
+
+
+# -- vehicle to cell ---------------------------------------------------------------------------------------------------
+
+
+class State(Message, frozen=True, kw_only=True, tag="state"):
+    """What a vehicle is doing. Sent on change and at least every few seconds; ``seq`` grows within an incarnation.
+
+    ``held`` lists the leases that the vehicle still holds. Counters are totals since the incarnation began.
+    """
+
+    incarnation: Name
+    seq: Total
+    state: VehicleState
+    region: Name = "local"
+    permit_w: Total = 0
+    reasons: Annotated[list[Reason], Meta(max_length=64)] = []
+    model: Name | None = None
+    slots: Slots = 0
+    running: Total = 0
+    queued: Total = 0
+    held: Annotated[list[Name], Meta(max_length=MAX_ITEMS_PER_MESSAGE)] = []
+    tokens_generated: Total = 0
+    tokens_per_s: float = 0.0
+    energy_mwh: Total = 0
+    energy_is_measured: bool = False
+    engine: Name = ""  # name, build and model hash in one short string: equal strings give equal greedy output
+    soc_pct: float | None = None
+    plugged: bool | None = None
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What has been generated of one answer: enough for another vehicle to continue it. Opaque to the core.
+
+    ``text`` is what was emitted, ``token_ids`` the ids of the same tokens where the engine reports them, ``logprobs``
+    the JSON array of OpenAI's logprob entries so far if the request asked for them, ``prompt_tokens`` 0 if not known.
+    """
+
+    text: str
+    tokens: TokenCount
+    token_ids: list[int] = []
+    logprobs: bytes = b""
+    prompt_tokens: TokenCount = 0
+
+
+class ProgressItem(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Tokens so far of one running attempt; ``tokens`` is what the checkpoint holds in all."""
+
+    line: Line
+    tokens: TokenCount
+    checkpoint: bytes
+
+
+class Progress(Message, frozen=True, kw_only=True, tag="progress"):
+    """Checkpoints of long answers, so that even a vehicle that vanishes loses little."""
+
+    incarnation: Name
+    lease_id: Name
+    job_id: Name
+    items: list[ProgressItem]
+
+
+class ResultItem(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One finished attempt: the HTTP status and body that the customer gets, and the tokens.
+
+    ``carried_tokens`` repeats how many tokens came with the checkpoint of the attempt.
+    """
+
+    line: Line
+    status: Status
+    body: bytes
+    prompt_tokens: TokenCount = 0
+    completion_tokens: TokenCount = 0
+    cached_tokens: TokenCount = 0
+    carried_tokens: TokenCount = 0
+
+
+class Results(Message, frozen=True, kw_only=True, tag="results"):
+    """Finished attempts of one lease. ``energy_mwh`` is what the vehicle drew for them, measured or modelled."""
+
+    incarnation: Name
+    message_id: Name
+    lease_id: Name
+    job_id: Name
+    items: list[ResultItem]
+    energy_mwh: Total = 0
+    energy_is_measured: bool = False
+    media_type: str = MEDIA_JSON
+
+
+class ReturnItem(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One attempt that was not finished, with what was generated of it."""
+
+    line: Line
+    tokens: TokenCount = 0
+    checkpoint: bytes | None = None
+    started: bool = False
+
+
+class Returned(Message, frozen=True, kw_only=True, tag="returned"):
+    """Attempts that the vehicle does not hold any more."""
+
+    incarnation: Name
+    message_id: Name
+    lease_id: Name
+    job_id: Name
+    reason: ReturnReason
+    items: list[ReturnItem]
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """New text of one choice of a live request.
+
+    ``logprobs`` is a JSON array of OpenAI's entries for the tokens of ``text``, empty if the request did not ask.
+    ``finish_reason`` is set on the last delta of a choice.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int] = []
+    logprobs: bytes = b""
+    finish_reason: str | None = None
+
+
+class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
+    """New tokens of a live streamed request. ``seq`` starts at 0 for each attempt; the last one has ``usage``."""
+
+    request_id: Name
+    attempt: int
+    seq: int
+    deltas: list[Delta]
+    usage: Usage | None = None
+    engine: Name = ""
+
+
+class Answered(Message, frozen=True, kw_only=True, tag="answered"):
+    """The whole answer of a live request: the result of a plain one, or the error of any (status 400 and above)."""
+
+    request_id: Name
+    attempt: int
+    status: Status
+    body: bytes
+    usage: Usage = Usage()
+    media_type: str = MEDIA_JSON
+
+
+class Broken(Message, frozen=True, kw_only=True, tag="broken"):
+    """This vehicle cannot go on with a live request; another one should, from what was already emitted."""
+
+    request_id: Name
+    attempt: int
+    reason: ReturnReason
+    checkpoint: bytes | None = None
+
+
+Down = Grant | Revoke | Open | Close | Sync
+UpState = State | Progress
+UpWork = Results | Returned
+UpLive = Tokens | Answered | Broken
+
+_encoder = msgspec.msgpack.Encoder()
+_T = TypeVar("_T")
+DOWN: Final = msgspec.msgpack.Decoder(Down)
+UP_STATE: Final = msgspec.msgpack.Decoder(UpState)
+UP_WORK: Final = msgspec.msgpack.Decoder(UpWork)
+UP_LIVE: Final = msgspec.msgpack.Decoder(UpLive)
+_CHECKPOINT: Final = msgspec.msgpack.Decoder(Checkpoint)
+
+
+def encode(message: Down | UpState | UpWork | UpLive) -> bytes:
+    """Encode one message; raise TooLargeError over MAX_MESSAGE_BYTES or MAX_ITEMS_PER_MESSAGE."""
+    items = getattr(message, "items", None)
+    if items is not None and len(items) > MAX_ITEMS_PER_MESSAGE:
+        raise TooLargeError(f"a message holds at most {MAX_ITEMS_PER_MESSAGE} items, not {len(items)}")
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TooLargeError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
+    return data
+
+
+def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
+    """Decode one message; raise CallerError if it is no message of this version."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise TooLargeError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
+    try:
+        message = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise CallerError("not a message of this link", code="invalid_message") from error
+    if len(getattr(message, "items", ())) > MAX_ITEMS_PER_MESSAGE:
+        raise TooLargeError(f"a message holds at most {MAX_ITEMS_PER_MESSAGE} items")
+    if getattr(message, "v", VERSION) != VERSION:
+        raise CallerError(f"message version {getattr(message, 'v', None)} is not {VERSION}", code="unsupported_version")
+    return message
+
+
+def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """Pack a checkpoint; opaque from here on."""
+    return _encoder.encode(checkpoint)
+
+
+def decode_checkpoint(data: bytes) -> Checkpoint:
+    """Unpack a checkpoint; raise CallerError if it is none."""
+    try:
+        return _CHECKPOINT.decode(data)
+    except msgspec.DecodeError as error:
+        raise CallerError("not a checkpoint", code="invalid_message") from error

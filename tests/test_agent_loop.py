@@ -1,0 +1,379 @@
+"""The agent end to end: a real NATS server, the null engine in the process, the guard, the machine, a simulated car."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from motorpool import wire
+from motorpool.agent.enrolment import CONSENT_NAME, PUBLIC_NAME, enrol_owner, give_consent, take_consent_back
+from motorpool.agent.main import AgentConfig, run_agent, run_many
+from motorpool.agent.runtime.spec import Backend, EngineSpec
+from motorpool.agent.signals.car import CarSpec
+from motorpool.agent.signals.owner_port import play_owner
+from motorpool.bus import CellLink, EmbeddedNats, WorkMessage
+from motorpool.core.guard import Policy
+from motorpool.errors import SetupError
+from motorpool.trust.consent import ConsentLimits
+from motorpool.trust.credentials import CellIdentity, save_credentials
+from motorpool.types import Kind, ReasonCode, ReturnReason, VehicleState
+
+MODEL = "null"
+PARKED = CarSpec()
+DEADLINE_S = 20.0
+DAY_MS = 86_400_000
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Cell:
+    """The cell's end of the link: keeps what arrives, and waits for what is expected."""
+
+    def __init__(self, link: CellLink, nats: EmbeddedNats, identity: CellIdentity, folder: Path) -> None:
+        self.link = link
+        self.nats = nats
+        self.identity = identity
+        self.folder = folder
+        self.states: dict[str, wire.State] = {}
+        self.progress: list[wire.Progress] = []
+        self.live: list[wire.UpLive] = []
+        self.work: list[wire.Results | wire.Returned] = []
+        self._changed = asyncio.Event()
+
+    def on_state(self, vehicle: str, data: bytes) -> None:
+        message = wire.decode(wire.UP_STATE, data)
+        if isinstance(message, wire.State):
+            self.states[vehicle] = message
+        else:
+            self.progress.append(message)
+        self._changed.set()
+
+    def on_live(self, vehicle: str, data: bytes) -> None:
+        self.live.append(wire.decode(wire.UP_LIVE, data))
+        self._changed.set()
+
+    async def on_work(self, messages: list[WorkMessage]) -> None:
+        for message in messages:
+            self.work.append(wire.decode(wire.UP_WORK, message.data))
+            await message.acknowledge()
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def in_state(self, vehicle: str, *states: VehicleState) -> wire.State:
+        await self.until(lambda: vehicle in self.states and self.states[vehicle].state in states)
+        return self.states[vehicle]
+
+    def send(self, vehicle: str, message: wire.Down) -> None:
+        self.link.send(vehicle, wire.encode(message))
+
+    def results(self) -> dict[int, wire.ResultItem]:
+        return {item.line: item for m in self.work if isinstance(m, wire.Results) for item in m.items}
+
+    def returned(self) -> dict[int, tuple[ReturnReason, wire.ReturnItem]]:
+        return {item.line: (m.reason, item) for m in self.work if isinstance(m, wire.Returned) for item in m.items}
+
+    def config(self, vehicle: str, *, rate: float = 0.0, car: CarSpec | None = PARKED) -> AgentConfig:
+        folder = self.folder / vehicle
+        folder.mkdir()
+        save_credentials(folder / "credentials.json", self.identity.enrol(vehicle, [self.nats.url], 0))
+        enrol_owner(folder)
+        give_consent(folder, vehicle, ConsentLimits(max_watts_w=150), now_ms=now_ms(), expires_ms=now_ms() + DAY_MS)
+        return AgentConfig(
+            agent_dir=folder,
+            credentials_path=folder / "credentials.json",
+            consent_path=folder / CONSENT_NAME,
+            owner_public_key_path=folder / PUBLIC_NAME,
+            engine=EngineSpec(backend=Backend.NULL, model=MODEL, slots=4, rate_tokens_per_s=rate, hosted=False),
+            policy=Policy(dwell_ms=50, watts_w=120),
+            car=car,
+            state_interval_ms=300,
+            freeze_grace_ms=300,
+        )
+
+
+@asynccontextmanager
+async def a_cell(folder: Path) -> AsyncIterator[Cell]:
+    identity = CellIdentity.generate(0)
+    nats = EmbeddedNats(folder / "nats", identity)
+    await nats.start()
+    link = await CellLink.connect([nats.url], identity, lambda _: None)
+    cell = Cell(link, nats, identity, folder)
+    await link.listen(cell.on_state, cell.on_live)
+    link.pull_work(cell.on_work)
+    try:
+        yield cell
+    finally:
+        await link.close()
+        await nats.stop()
+
+
+@asynccontextmanager
+async def an_agent(config: AgentConfig) -> AsyncIterator[asyncio.Event]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(run_agent(config, stop))
+    try:
+        yield stop
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, DEADLINE_S)
+
+
+def body(text: str, max_tokens: int = 16) -> bytes:
+    return msgspec.json.encode(
+        {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens}
+    )
+
+
+def grant(incarnation: str, lines: range, *, lease: str = "lease-1", max_tokens: int = 16) -> wire.Grant:
+    items = [wire.Item(line=line, body=body(f"line {line}", max_tokens)) for line in lines]
+    return wire.Grant(
+        lease_id=lease, incarnation=incarnation, job_id="job", kind=Kind.CHAT, model=MODEL, ttl_ms=60_000, items=items
+    )
+
+
+def test_a_lease_becomes_results_in_the_durable_stream(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell, an_agent(cell.config("v1")):
+            state = await cell.in_state("v1", VehicleState.READY)
+            assert (state.model, state.slots, state.permit_w, state.held) == (MODEL, 4, 120, [])
+            cell.send("v1", grant(state.incarnation, range(1000)))
+            cell.send("v1", grant(state.incarnation, range(1000)))  # a repeated grant changes nothing
+            await cell.until(lambda: len(cell.results()) == 1000)
+            await cell.until(lambda: cell.states["v1"].held == [] and cell.states["v1"].tokens_generated > 0)
+            items = [item.line for m in cell.work for item in m.items]
+            assert sorted(items) == list(range(1000))
+            assert all(item.status == 200 for item in cell.results().values())
+            first = msgspec.json.decode(cell.results()[0].body)
+            assert first["id"] == "chatcmpl-lease-1-0"
+            assert first["usage"]["completion_tokens"] == cell.results()[0].completion_tokens > 0
+
+    asyncio.run(scenario())
+
+
+def test_an_open_door_hands_everything_back_with_its_text(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell:
+            config = cell.config("v1", rate=50)
+            async with an_agent(config):
+                state = await cell.in_state("v1", VehicleState.READY)
+                cell.send("v1", grant(state.incarnation, range(8), max_tokens=2_000))
+                await cell.until(lambda: cell.states["v1"].tokens_generated >= 20)
+                answer = await play_owner(config.agent_dir, "open-door")
+                assert answer["ok"]
+                assert answer["car"]["door_open"]
+                await cell.until(lambda: len(cell.returned()) == 8)
+                assert {reason for reason, _ in cell.returned().values()} == {ReturnReason.GUARD}
+                items = [item for _, item in cell.returned().values()]
+                assert sorted(item.started for item in items) == [False] * 4 + [True] * 4
+                for item in items:
+                    assert item.started == (item.checkpoint is not None)
+                    if item.checkpoint is not None:
+                        checkpoint = wire.decode_checkpoint(item.checkpoint)
+                        assert checkpoint.tokens == item.tokens == len(checkpoint.token_ids) > 0
+                denied = await cell.in_state("v1", VehicleState.YIELDING, VehicleState.DENIED)
+                assert {reason.code for reason in denied.reasons} == {ReasonCode.DOOR_OPEN, ReasonCode.UNLOCKED}
+                await cell.in_state("v1", VehicleState.DENIED)
+                assert (await play_owner(config.agent_dir, "lock"))["ok"]
+                state = await cell.in_state("v1", VehicleState.READY)
+                # another vehicle's work is continued here from its checkpoint, and counted as carried
+                line, (_, item) = next((k, v) for k, v in cell.returned().items() if v[1].started)
+                again = wire.Item(line=line, body=body(f"line {line}", item.tokens + 5), checkpoint=item.checkpoint)
+                cell.send(
+                    "v1", msgspec.structs.replace(grant(state.incarnation, range(0)), lease_id="again", items=[again])
+                )
+                await cell.until(lambda: line in cell.results())
+                result = cell.results()[line]
+                assert result.completion_tokens == item.tokens + 5
+                # another limit makes other words of the null engine: as long a text may be fewer of them
+                assert 0 < result.carried_tokens <= item.tokens
+
+    asyncio.run(scenario())
+
+
+def test_an_owner_who_comes_amid_thousands_of_results_loses_and_doubles_none(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell:
+            config = cell.config("v1")
+            async with an_agent(config):
+                state = await cell.in_state("v1", VehicleState.READY)
+                for lease in range(5):
+                    lines = range(lease * 4_000, lease * 4_000 + 4_000)
+                    cell.send("v1", grant(state.incarnation, lines, lease=f"lease-{lease}"))
+                await cell.until(lambda: len(cell.results()) >= 1_000)
+                await play_owner(config.agent_dir, "drive-off")
+                await cell.in_state("v1", VehicleState.DENIED)
+                await cell.until(lambda: sum(len(message.items) for message in cell.work) >= 20_000)
+                ended = [item.line for message in cell.work for item in message.items]
+                assert sorted(ended) == list(range(20_000))
+                assert len(cell.returned()) > 0
+                await cell.until(lambda: cell.states["v1"].held == [])
+
+    asyncio.run(scenario())
+
+
+def test_a_withdrawn_consent_stops_the_work_and_a_new_one_allows_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell:
+            config = cell.config("v1", rate=50)
+            async with an_agent(config):
+                state = await cell.in_state("v1", VehicleState.READY)
+                cell.send("v1", grant(state.incarnation, range(2), max_tokens=2_000))
+                await cell.in_state("v1", VehicleState.READY, VehicleState.WORKING)
+                take_consent_back(config.agent_dir, "v1", now_ms=now_ms())
+                await cell.until(lambda: len(cell.returned()) == 2)
+                denied = await cell.in_state("v1", VehicleState.DENIED)
+                assert [reason.code for reason in denied.reasons] == [ReasonCode.CONSENT_WITHDRAWN]
+                give_consent(
+                    config.agent_dir,
+                    "v1",
+                    ConsentLimits(max_watts_w=80),
+                    now_ms=now_ms() + 1,
+                    expires_ms=now_ms() + DAY_MS,
+                )
+                state = await cell.in_state("v1", VehicleState.READY)
+                assert state.permit_w == 80
+
+    asyncio.run(scenario())
+
+
+def test_a_live_stream_is_relayed_and_a_stop_breaks_it_with_its_text(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell, an_agent(cell.config("v1", rate=100)) as stop:
+            await cell.in_state("v1", VehicleState.READY)
+            short = wire.Open(
+                request_id="a", attempt=0, kind=Kind.CHAT, model=MODEL, stream=True, body=body("short", 5)
+            )
+            cell.send("v1", short)
+            await cell.until(lambda: any(isinstance(m, wire.Tokens) and m.usage for m in cell.live))
+            tokens = [m for m in cell.live if isinstance(m, wire.Tokens)]
+            assert [m.seq for m in tokens] == list(range(len(tokens)))
+            assert tokens[-1].usage is not None
+            assert tokens[-1].usage.completion_tokens == 5
+            plain = wire.Open(
+                request_id="b", attempt=0, kind=Kind.CHAT, model=MODEL, stream=False, body=body("plain", 3)
+            )
+            cell.send("v1", plain)
+            await cell.until(lambda: any(isinstance(m, wire.Answered) for m in cell.live))
+            unknown = msgspec.structs.replace(plain, request_id="c", model="other")
+            cell.send("v1", unknown)
+            await cell.until(lambda: any(isinstance(m, wire.Broken) for m in cell.live))
+            assert cell.live[-1] == wire.Broken(request_id="c", attempt=0, reason=ReturnReason.REFUSED)
+            cell.live.clear()
+            cell.send("v1", msgspec.structs.replace(short, request_id="d", body=body("long", 5_000)))
+            await cell.until(lambda: len(cell.live) >= 3)
+            stop.set()
+            await cell.until(lambda: isinstance(cell.live[-1], wire.Broken))
+            broken = cell.live[-1]
+            assert isinstance(broken, wire.Broken)
+            assert (broken.request_id, broken.reason) == ("d", ReturnReason.SHUTDOWN)
+            assert broken.checkpoint is not None
+            sent = "".join(d.text for m in cell.live if isinstance(m, wire.Tokens) for d in m.deltas)
+            assert wire.decode_checkpoint(broken.checkpoint).text == sent
+            await cell.in_state("v1", VehicleState.DENIED)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_is_too_long_for_a_message_is_an_error_and_not_the_end(tmp_path: Path) -> None:
+    def endless(max_tokens: int) -> bytes:
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": max_tokens}
+        return msgspec.json.encode(asked | {"logprobs": True, "top_logprobs": 20})
+
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell:
+            config = cell.config("v1")
+            engine = msgspec.structs.replace(config.engine, context_tokens=10_000)
+            async with an_agent(msgspec.structs.replace(config, engine=engine)):
+                state = await cell.in_state("v1", VehicleState.READY)
+                item = wire.Item(line=0, body=endless(5_000))
+                cell.send("v1", msgspec.structs.replace(grant(state.incarnation, range(0)), items=[item]))
+                for stream in (False, True):
+                    asked = wire.Open(
+                        request_id=f"r{stream}",
+                        attempt=0,
+                        kind=Kind.CHAT,
+                        model=MODEL,
+                        stream=stream,
+                        body=endless(5_000),
+                    )
+                    cell.send("v1", asked)
+                await cell.until(lambda: 0 in cell.results() and len(cell.live) == 2)
+                assert cell.results()[0].status == 413
+                assert [m.status for m in cell.live if isinstance(m, wire.Answered)] == [413, 413]
+                cell.send("v1", grant(state.incarnation, range(1, 4), lease="after"))
+                await cell.until(lambda: len(cell.results()) == 4)
+
+    asyncio.run(scenario())
+
+
+def test_results_wait_for_the_message_server_to_come_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell, an_agent(cell.config("v1", rate=40)):
+            state = await cell.in_state("v1", VehicleState.READY)
+            cell.send("v1", grant(state.incarnation, range(12), max_tokens=10))
+            await cell.until(lambda: cell.states["v1"].running > 0)
+            assert cell.nats.process is not None
+            cell.nats.process.kill()
+            await cell.nats.process.wait()
+            await cell.nats.start()
+            await cell.until(lambda: len(cell.results()) == 12)
+            await cell.until(lambda: cell.states["v1"].held == [])
+
+    asyncio.run(scenario())
+
+
+def test_many_vehicles_in_one_process_each_with_its_own_credentials(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell:
+            names = [f"v{number}" for number in range(20)]
+            configs = [cell.config(name, car=None) for name in names]
+            stop = asyncio.Event()
+            task = asyncio.create_task(run_many(configs, stop))
+            for index, name in enumerate(names):
+                state = await cell.in_state(name, VehicleState.READY)
+                lines = range(index * 10, index * 10 + 10)
+                cell.send(name, grant(state.incarnation, lines, lease=f"lease-{index}"))
+            await cell.until(lambda: len(cell.results()) == 200)
+            stop.set()
+            await asyncio.wait_for(task, DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_vehicle_without_signals_never_works(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell, an_agent(cell.config("v1", car=None)):
+            state = await cell.in_state("v1", VehicleState.DENIED)
+            await cell.until(lambda: len(cell.states["v1"].reasons) > 1)
+            state = cell.states["v1"]
+            assert {reason.code for reason in state.reasons} == {ReasonCode.SIGNAL_MISSING}
+            cell.send("v1", grant(state.incarnation, range(3)))
+            await cell.until(lambda: len(cell.returned()) == 3)
+            assert {reason for reason, _ in cell.returned().values()} == {ReturnReason.REFUSED}
+
+    asyncio.run(scenario())
+
+
+def test_without_credentials_the_agent_says_what_to_do(tmp_path: Path) -> None:
+    config = AgentConfig(
+        agent_dir=tmp_path,
+        credentials_path=tmp_path / "credentials.json",
+        consent_path=tmp_path / "consent.json",
+        owner_public_key_path=tmp_path / "owner.pub",
+        engine=EngineSpec(backend=Backend.NULL, model=MODEL, hosted=False),
+    )
+    with pytest.raises(SetupError, match="enrol"):
+        asyncio.run(run_agent(config, asyncio.Event()))

@@ -1,0 +1,299 @@
+"""The vehicle link on a real NATS server: who may speak where, and what survives the server's death."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from motorpool import wire
+from motorpool.bus import BusError, CellLink, EmbeddedNats, VehicleLink, WorkMessage, open_client
+from motorpool.errors import CallerError, SetupError, TooLargeError, TrustError
+from motorpool.trust.credentials import CellIdentity, VehicleCredentials, load_credentials, save_credentials
+from motorpool.trust.nkeys import ACCOUNT, USER, KeyPair
+from motorpool.types import MAX_MESSAGE_BYTES, ReturnReason
+
+WAIT_S = 15
+
+
+class Cell:
+    """A server, the cell's end of the link, and everything that reached it."""
+
+    def __init__(self, nats_server: EmbeddedNats, identity: CellIdentity, link: CellLink) -> None:
+        self.nats = nats_server
+        self.identity = identity
+        self.link = link
+        self.state: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self.live: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        self.work: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+
+    def enrol(self, vehicle_id: str) -> VehicleCredentials:
+        return self.identity.enrol(vehicle_id, [self.nats.url], 0)
+
+    async def take(self, messages: list[WorkMessage]) -> None:
+        for message in messages:
+            self.work.put_nowait((message.vehicle_id, message.data))
+            await message.acknowledge()
+
+
+@asynccontextmanager
+async def cell_in(folder: Path) -> AsyncIterator[Cell]:
+    identity = CellIdentity.generate(0)
+    server = EmbeddedNats(folder, identity)
+    await server.start()
+    link = await CellLink.connect([server.url], identity, lambda up: None)
+    cell = Cell(server, identity, link)
+    await link.listen(lambda v, d: cell.state.put_nowait((v, d)), lambda v, d: cell.live.put_nowait((v, d)))
+    link.pull_work(cell.take)
+    try:
+        yield cell
+    finally:
+        await link.close()
+        await server.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(bounded())
+
+
+async def vehicle(cell: Cell, vehicle_id: str, received: asyncio.Queue[bytes]) -> VehicleLink:
+    return await VehicleLink.connect(cell.enrol(vehicle_id), received.put_nowait, lambda up: None)
+
+
+async def raw_client(cell: Cell, vehicle_id: str, problems: asyncio.Queue[str]) -> Client:
+    """The vehicle's credentials in the hands of somebody who does not keep to our code."""
+    credentials = cell.enrol(vehicle_id)
+    client = await open_client(
+        credentials.urls, name="x", jwt=credentials.jwt, seed=credentials.seed, inbox=credentials.inbox,
+        on_link=lambda up: None,
+    )  # fmt: skip
+
+    async def failed(error: Exception) -> None:
+        problems.put_nowait(str(error))
+
+    client._error_cb = failed
+    return client
+
+
+def test_messages_reach_the_cell_with_the_vehicle_that_the_server_vouches_for(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            received: asyncio.Queue[bytes] = asyncio.Queue()
+            link = await vehicle(cell, "v1", received)
+            link.publish_state(b"state")
+            link.publish_live(b"live")
+            await link.publish_work(b"work", "m1")
+            await link.publish_work(b"work", "m1")  # the stream knows the message id: not delivered again
+            await link.publish_work(b"more", "m2")
+            cell.link.send("v1", b"down")
+            async with asyncio.timeout(WAIT_S):
+                assert await cell.state.get() == ("v1", b"state")
+                assert await cell.live.get() == ("v1", b"live")
+                assert [await cell.work.get(), await cell.work.get()] == [("v1", b"work"), ("v1", b"more")]
+                assert await received.get() == b"down"
+            await link.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "mp.v1.up.v2.state",
+        "mp.v1.up.v2.work",
+        "mp.v1.down.v2",
+        "mp.v1.down.v1",
+        "mp.v1.up.v1.other",
+        "$JS.API.STREAM.INFO.MOTORPOOL_WORK",
+        "$JS.API.STREAM.DELETE.MOTORPOOL_WORK",
+        "$SYS.REQ.SERVER.PING",
+        "_INBOX.cell.x",
+    ],
+)
+def test_a_vehicle_cannot_publish_outside_its_own_subjects(tmp_path: Path, subject: str) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            problems: asyncio.Queue[str] = asyncio.Queue()
+            client = await raw_client(cell, "v1", problems)
+            await client.publish(subject, b"forged")
+            async with asyncio.timeout(WAIT_S):
+                assert "permissions violation" in (await problems.get()).lower()
+            assert cell.state.empty()
+            assert cell.work.empty()
+            await client.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [">", "mp.>", "mp.v1.down.>", "mp.v1.down.v2", "mp.v1.up.v1.state", "_INBOX.>", "_INBOX.cell.>", "$SYS.>"],
+)
+def test_a_vehicle_cannot_listen_to_anything_but_its_own_subject_and_inbox(tmp_path: Path, subject: str) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            problems: asyncio.Queue[str] = asyncio.Queue()
+            client = await raw_client(cell, "v1", problems)
+            await client.subscribe(subject)
+            await client.flush()
+            async with asyncio.timeout(WAIT_S):
+                assert "permissions violation" in (await problems.get()).lower()
+            await client.close()
+
+    run(test)
+
+
+def test_credentials_of_another_cell_are_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            forged = CellIdentity.generate(0).enrol("v1", [cell.nats.url], 0)
+            with pytest.raises(BusError):
+                await VehicleLink.connect(forged, lambda data: None, lambda up: None)
+
+    run(test)
+
+
+def test_a_killed_server_comes_back_on_its_port_with_the_work_that_it_had_confirmed(tmp_path: Path) -> None:
+    async def test() -> None:
+        identity = CellIdentity.generate(0)
+        server = EmbeddedNats(tmp_path, identity)
+        await server.start()
+        cell_link = await CellLink.connect([server.url], identity, lambda up: None)
+        links: asyncio.Queue[bool] = asyncio.Queue()
+        link = await VehicleLink.connect(identity.enrol("v1", [server.url], 0), lambda data: None, links.put_nowait)
+        await link.publish_work(b"before", "m1")  # the cell does not read yet
+        assert server.process is not None
+        server.process.send_signal(signal.SIGKILL)
+        await server.process.wait()
+        async with asyncio.timeout(WAIT_S):
+            assert await links.get() is False
+        again = EmbeddedNats(tmp_path, identity)
+        assert again.port == server.port
+        await again.start()
+        async with asyncio.timeout(WAIT_S):
+            assert await links.get() is True
+        while True:
+            try:
+                await link.publish_work(b"after", "m2")
+                break
+            except BusError:
+                continue
+        cell = Cell(again, identity, cell_link)
+        cell_link.pull_work(cell.take)
+        async with asyncio.timeout(WAIT_S):
+            assert [await cell.work.get(), await cell.work.get()] == [("v1", b"before"), ("v1", b"after")]
+        await link.close()
+        await cell_link.close()
+        await again.stop()
+
+    run(test)
+
+
+def test_an_unreachable_server_is_told_in_one_line(tmp_path: Path) -> None:
+    async def test() -> None:
+        nobody = EmbeddedNats(tmp_path, CellIdentity.generate(0))
+        credentials = CellIdentity.generate(0).enrol("v1", [nobody.url], 0)
+        with pytest.raises(BusError, match=r"cannot reach the message server at nats://127.0.0.1"):
+            await VehicleLink.connect(credentials, lambda data: None, lambda up: None)
+
+    run(test)
+
+
+def test_a_port_in_use_is_told_with_what_to_do(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path / "a") as cell:
+            other = EmbeddedNats(tmp_path / "b", CellIdentity.generate(0), port=cell.nats.port)
+            with pytest.raises(SetupError, match="in use"):
+                await other.start()
+
+    run(test)
+
+
+def test_credentials_are_kept_private_and_never_shown(tmp_path: Path) -> None:
+    credentials = CellIdentity.generate(0).enrol("v1", ["nats://127.0.0.1:1"], 0)
+    path = tmp_path / "v1.creds"
+    save_credentials(path, credentials)
+    assert path.stat().st_mode & 0o077 == 0
+    assert load_credentials(path) == credentials
+    assert credentials.seed not in repr(credentials)
+    assert credentials.jwt not in repr(credentials)
+    path.write_bytes(b"{}")
+    with pytest.raises(TrustError, match="enrol the vehicle again"):
+        load_credentials(path)
+    with pytest.raises(SetupError, match="enrol"):
+        load_credentials(tmp_path / "missing")
+
+
+def test_nkeys_come_back_from_their_seeds_and_wrong_ones_are_refused() -> None:
+    for role, letter in ((USER, "U"), (ACCOUNT, "A")):
+        key = KeyPair.generate(role)
+        assert key.public[0] == letter
+        assert key.seed[:2] == "S" + letter
+        assert KeyPair.from_seed(key.seed).public == key.public
+    seed = KeyPair.generate(USER).seed
+    changed = seed[:20] + ("A" if seed[20] != "A" else "B") + seed[21:]
+    for wrong in (changed, "nonsense!", seed[:20], KeyPair.generate(USER).public):
+        with pytest.raises(TrustError):
+            KeyPair.from_seed(wrong)
+
+
+@pytest.mark.parametrize("vehicle_id", ["", "a.b", "a b", "*", ">", "x" * 65, "a/b", "ä"])
+def test_an_id_that_could_leave_its_subject_is_refused(vehicle_id: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        CellIdentity.generate(0).enrol(vehicle_id, [], 0)
+    assert caught.value.param == "vehicle_id"
+
+
+def test_messages_are_versioned_and_bounded() -> None:
+    sync = wire.encode(wire.Sync())
+    assert wire.decode(wire.DOWN, sync) == wire.Sync()
+    newer = msgspec.msgpack.encode({"t": "sync", "v": 2})
+    with pytest.raises(CallerError, match="version 2"):
+        wire.decode(wire.DOWN, newer)
+    extended = msgspec.msgpack.encode({"t": "sync", "v": 1, "added_later": True})
+    assert wire.decode(wire.DOWN, extended) == wire.Sync()
+    with pytest.raises(CallerError):
+        wire.decode(wire.DOWN, b"\xff")
+    big = wire.Returned(
+        incarnation="i", message_id="m", lease_id="l", job_id="j", reason=ReturnReason.GUARD,
+        items=[wire.ReturnItem(line=0, checkpoint=b"x" * MAX_MESSAGE_BYTES)],
+    )  # fmt: skip
+    with pytest.raises(TooLargeError):
+        wire.encode(big)
+
+
+def test_the_link_can_be_lost_and_the_error_is_one_to_try_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        identity = CellIdentity.generate(0)
+        server = EmbeddedNats(tmp_path, identity)
+        await server.start()
+        link = await VehicleLink.connect(identity.enrol("v1", [server.url], 0), lambda data: None, lambda up: None)
+        with pytest.raises(BusError, match="did not confirm"):
+            await link.publish_work(b"x", "m1")  # nobody has made the stream yet
+        await link.close()
+        await server.stop()
+
+    run(test)
+
+
+def test_a_client_without_credentials_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            reader, writer = await asyncio.open_connection("127.0.0.1", cell.nats.port)
+            writer.write(b'CONNECT {"verbose":false}\r\nPING\r\n')
+            async with asyncio.timeout(WAIT_S):
+                assert (await reader.readline()).startswith(b"INFO ")
+                assert b"Authorization Violation" in await reader.read()
+            writer.close()
+
+    run(test)

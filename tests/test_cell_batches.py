@@ -1,0 +1,178 @@
+"""A cell end to end: batches that complete, expire, are cancelled, and go on after the control plane was killed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tests.cell_world import ENDED, World, a_world, chat, run
+
+from motorpool import wire
+from motorpool.bus import open_client
+
+
+async def lines_in_stream(world: World) -> tuple[asyncio.Event, set[int]]:
+    """The lines whose results reach the durable stream from now on, and an event for each message."""
+    seen: set[int] = set()
+    changed = asyncio.Event()
+
+    async def look(message: object) -> None:
+        work = wire.decode(wire.UP_WORK, message.data)  # type: ignore[attr-defined]
+        if isinstance(work, wire.Results):
+            seen.update(item.line for item in work.items)
+        changed.set()
+
+    client = await open_client(
+        [world.nats.url], name="look", jwt=world.identity.cell_jwt(), seed=world.identity.user_seed,
+        inbox="_INBOX.look", on_link=lambda up: None,
+    )  # fmt: skip
+    await client.subscribe(wire.WORK_SUBJECTS, cb=look)
+    await client.flush()
+    await client.flush()
+    return changed, seen
+
+
+def test_lines_that_a_model_refuses_stand_in_the_error_file(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            await world.agent("v1")
+            bodies = [chat(f"line {number}", 5) for number in range(30)]
+            bodies[7] = chat("word " * 3000, 5)
+            batch_id = await world.batch(bodies)
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "completed"
+            assert batch["request_counts"] == {"total": 30, "completed": 29, "failed": 1}
+            output, errors = await world.rows(batch["output_file_id"]), await world.rows(batch["error_file_id"])
+            assert set(output) == {f"n{number}" for number in range(30)} - {"n7"}
+            assert set(errors) == {"n7"}
+            assert errors["n7"]["response"]["status_code"] == 400
+            assert errors["n7"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+            assert output["n0"]["response"]["body"]["usage"]["completion_tokens"] == 5
+            world.check_money(batch_id)
+            await world.until(lambda: world.one("SELECT count(*) FROM result WHERE body <> x''") == 0)
+
+    run(test())
+
+
+def test_when_the_window_closes_finished_lines_are_kept_and_the_others_named(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            await world.agent("v1", rate=200, slots=4)
+            batch_id = await world.batch([chat(f"line {n}", 4 if n < 2 else 2000) for n in range(12)], window="15m")
+            await world.until(lambda: world.completed(batch_id) == 2)
+            world.ahead_ms = 15 * 60_000
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "expired"
+            assert batch["expired_at"] is not None
+            output, errors = await world.rows(batch["output_file_id"]), await world.rows(batch["error_file_id"])
+            assert set(output) == {"n0", "n1"}
+            assert set(errors) == {f"n{number}" for number in range(2, 12)}
+            assert {row["error"]["code"] for row in errors.values()} == {"batch_expired"}
+            assert {row["response"] for row in errors.values()} == {None}
+            world.check_money(batch_id)
+            assert world.one("SELECT count(*) FROM lease") == 0
+
+    run(test())
+
+
+def test_a_cancelled_batch_keeps_what_runs_and_names_the_rest(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            await world.agent("v1", rate=100, slots=2)
+            batch_id = await world.batch([chat(f"line {number}", 30) for number in range(20)])
+            await world.until(lambda: world.completed(batch_id) >= 1)
+            response = await world.client.post(f"/v1/batches/{batch_id}/cancel")
+            assert response.json()["status"] in {"cancelling", "cancelled"}
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "cancelled"
+            output, errors = await world.rows(batch["output_file_id"]), await world.rows(batch["error_file_id"])
+            assert len(output) == batch["request_counts"]["completed"] >= 1
+            assert set(output) | set(errors) == {f"n{number}" for number in range(20)}
+            assert {row["error"]["code"] for row in errors.values()} == {"batch_cancelled"}
+            world.check_money(batch_id)
+
+    run(test())
+
+
+def test_a_cancellation_survives_the_control_plane(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1", slots=2)
+            batch_id = await world.batch([chat(f"line {number}", 5) for number in range(10)])
+            grant = await hand.next(wire.Grant)
+            assert (await world.client.post(f"/v1/batches/{batch_id}/cancel")).json()["status"] == "cancelling"
+            await hand.next(wire.Revoke)
+            await world.kill_cell()
+            await world.start_cell()
+            assert (await hand.next(wire.Revoke)).keep_running, "the revocation may have been lost: it is told again"
+            hand.report([grant.lease_id])
+            await hand.finish(grant, [item.line for item in grant.items], "m1")
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "cancelled"
+            assert len(await world.rows(batch["output_file_id"])) == len(grant.items)
+            assert len(await world.rows(batch["error_file_id"])) == 10 - len(grant.items)
+
+    run(test())
+
+
+def test_a_batch_goes_on_after_the_control_plane_was_killed_in_its_middle(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            await world.agent("v1", rate=400, slots=4)
+            await world.agent("v2", rate=400, slots=4)
+            batch_id = await world.batch([chat(f"line {number}", 20) for number in range(80)])
+            for least in (5, 30):
+                await world.until(lambda least=least: world.completed(batch_id) >= least)  # type: ignore[misc]
+                await world.kill_cell()
+                await world.start_cell()
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "completed"
+            output = await world.rows(batch["output_file_id"])
+            assert set(output) == {f"n{number}" for number in range(80)}
+            assert batch["error_file_id"] is None
+            world.check_money(batch_id)
+
+    run(test())
+
+
+def test_a_batch_that_was_validating_or_finalizing_is_finished_after_a_kill(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            batch_id = await world.batch([chat(f"line {number}", 2) for number in range(3000)])
+            assert world.status(batch_id) == "validating"
+            await world.kill_cell()
+            await world.start_cell()
+            await world.agent("v1", slots=64)
+            await world.until(lambda: world.status(batch_id) in {"finalizing", *ENDED})
+            await world.kill_cell()
+            await world.start_cell()
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "completed"
+            assert len(await world.rows(batch["output_file_id"])) == 3000
+            world.check_money(batch_id)
+
+    run(test())
+
+
+def test_what_vehicles_finish_while_the_control_plane_is_down_is_taken_from_the_stream(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            agent = await world.agent("v1", rate=50, slots=16)
+            changed, seen = await lines_in_stream(world)
+            batch_id = await world.batch([chat(f"line {number}", 40) for number in range(16)])
+            await world.until(lambda: any(lease.seen for lease in world.cell.scheduler.leases.values()))
+            await world.kill_cell()
+            async with asyncio.timeout(20):
+                while len(seen) < 16:
+                    changed.clear()
+                    await changed.wait()
+            await agent.stop()
+            await world.start_cell()  # there is no vehicle now: nothing can be computed again
+            batch = await world.ended(batch_id)
+            assert batch["status"] == "completed"
+            assert len(await world.rows(batch["output_file_id"])) == 16
+            assert batch["usage"]["output_tokens"] == 16 * 40
+            assert world.one("SELECT tokens_generated FROM vehicle") == 16 * 40
+            world.check_money(batch_id)
+
+    run(test())

@@ -1,0 +1,213 @@
+"""A server behind OpenAI's HTTP interface as an engine, against a real server over a real connection."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from tests.engine_trial import Trial, chat, work
+
+from motorpool.agent.runtime import Backend, EngineSpec, build_engine
+from motorpool.agent.runtime.engine import Cancelled, Died, Finished, Progressed
+from motorpool.types import Kind
+from motorpool.wire import Checkpoint
+
+
+def _serve(*options: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "motorpool.agent.runtime.null_server", *options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    try:
+        yield json.loads(server.stdout.readline())["base_url"]
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[str]:
+    yield from _serve("--context", "100")
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[str]:
+    yield from _serve("--rate", "50")
+
+
+def trial(url: str, test: Callable[[Trial], Awaitable[None]], **fields: Any) -> None:
+    async def run() -> None:
+        t = Trial(
+            build_engine(EngineSpec(backend=Backend.REMOTE, model="ours", remote_model="null", url=url, **fields))
+        )
+        await t.start()
+        try:
+            await test(t)
+        finally:
+            await t.engine.close()
+
+    asyncio.run(run())
+
+
+def test_answers_come_through_in_our_shape(fast: str) -> None:
+    async def test(t: Trial) -> None:
+        body = chat("one two", max_tokens=5, logprobs=True, top_logprobs=2)
+        answer = await t.ask(body, stream=True)
+        assert (answer["id"], answer["model"]) == ("id-a", "ours")
+        choice = answer["choices"][0]
+        assert choice["message"]["content"] == t.text("a")
+        assert len(choice["logprobs"]["content"]) == 5
+        assert choice["finish_reason"] == "length"
+        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (2, 5)
+        old = await t.ask({"prompt": "a b c", "max_tokens": 4, "logprobs": 1}, key="c", kind=Kind.COMPLETION)
+        assert old["object"] == "text_completion"
+        assert "".join(old["choices"][0]["logprobs"]["tokens"]) == old["choices"][0]["text"]
+
+    trial(fast, test)
+
+
+def test_several_choices_come_through(fast: str) -> None:
+    async def test(t: Trial) -> None:
+        answer = await t.ask(chat("x", n=2, max_tokens=3))
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+        assert answer["usage"]["completion_tokens"] == 6
+
+    trial(fast, test)
+
+
+def test_a_continued_answer_starts_with_what_was_carried(fast: str) -> None:
+    async def test(t: Trial) -> None:
+        carried = Checkpoint(text="so far", tokens=2)
+        for kind, body in ((Kind.CHAT, chat("x", max_tokens=6)), (Kind.COMPLETION, {"prompt": "x", "max_tokens": 6})):
+            (done,) = await t.run(work(body, key=kind, kind=kind, checkpoint=carried))
+            answer = json.loads(done.body)
+            choice = answer["choices"][0]
+            content = choice["message"]["content"] if kind is Kind.CHAT else choice["text"]
+            assert content == "so far" + t.text(kind)
+            assert (done.usage.completion_tokens, done.usage.carried_tokens) == (6, 2)
+        (done,) = await t.run(work(chat("x", max_tokens=2), key="full", checkpoint=carried))
+        assert json.loads(done.body)["choices"][0]["message"]["content"] == "so far"
+
+    trial(fast, test)
+
+
+def test_the_customers_errors_are_the_customers(fast: str) -> None:
+    async def test(t: Trial) -> None:
+        (done,) = await t.run(work(chat("word " * 200)))
+        error = json.loads(done.body)["error"]
+        assert done.status == 400
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+    trial(fast, test)
+
+
+def test_the_operators_errors_are_not_the_customers(fast: str) -> None:
+    async def test(t: Trial) -> None:
+        (done,) = await t.run(work(chat("x")))
+        assert done.status == 500
+        assert json.loads(done.body)["error"]["code"] == "engine_error"
+
+    trial(fast.removesuffix("/v1") + "/nowhere", test)
+
+
+def test_cancelled_attempts_close_their_connections(slow: str) -> None:
+    async def test(t: Trial) -> None:
+        t.engine.submit([work(chat("x", max_tokens=5000), key=key, stream=True) for key in ("run", "wait")])
+        await t.until(lambda: t.of(Progressed, "run"))
+        t.engine.cancel(["run", "wait"])
+        await t.until(lambda: len(t.of(Cancelled)) == 2)
+        assert not t.of(Finished)
+        assert (await t.ask(chat("x", max_tokens=1), key="next"))["usage"]["completion_tokens"] == 1
+
+    trial(slow, test, slots=1)
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    async def run() -> None:
+        t = Trial(build_engine(EngineSpec(backend=Backend.REMOTE, model="m", url=url)))
+        await t.engine.start(t._on_events)
+        await t.until(lambda: t.of(Died))
+        assert url in t.of(Died)[0].message
+        await t.engine.close()
+
+    asyncio.run(run())
+
+
+def test_a_key_that_is_not_set_is_named(fast: str) -> None:
+    async def run() -> None:
+        spec = EngineSpec(backend=Backend.REMOTE, model="m", url=fast, api_key_env="NO_SUCH_KEY_IS_SET")
+        t = Trial(build_engine(spec))
+        await t.engine.start(t._on_events)
+        await t.until(lambda: t.of(Died))
+        assert "NO_SUCH_KEY_IS_SET" in t.of(Died)[0].message
+        await t.engine.close()
+
+    asyncio.run(run())
+
+
+def test_the_null_server_speaks_to_the_official_client(fast: str) -> None:
+    with openai.OpenAI(base_url=fast, api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["null"]
+        messages: Any = [{"role": "user", "content": "hello"}]
+        plain = client.chat.completions.create(model="null", messages=messages, max_tokens=4)
+        with client.chat.completions.create(
+            model="null", messages=messages, max_tokens=4, stream=True, stream_options={"include_usage": True}
+        ) as stream:
+            chunks = list(stream)
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 4
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert plain.usage == chunks[-1].usage
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model="null", messages=[])
+    assert httpx.get(f"{fast}/nothing", trust_env=False).status_code == 404
+
+
+@pytest.mark.llama
+def test_a_real_server_continues_from_a_checkpoint(model_file: Path, tmp_path: Path) -> None:
+    """llama.cpp's own HTTP server, so that the fields that continue a message meet one that knows them."""
+    script = (
+        "import sys, xllamacpp as x\n"
+        "p = x.CommonParams(); p.model.path = sys.argv[1]; p.n_ctx = 512; p.n_parallel = 1; p.verbosity = 0\n"
+        "p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1; p.warmup = False\n"
+        "s = x.Server(p); print(s.listening_address, flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(model_file)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout is not None
+    assert server.stdin is not None
+    try:
+        url = server.stdout.readline().decode().strip() + "/v1"
+
+        async def test(t: Trial) -> None:
+            body = chat("Why is the sky blue?", max_tokens=20, temperature=0)
+            whole = await t.ask(body, key="whole", stream=True)
+            text = whole["choices"][0]["message"]["content"]
+            cut = text.index(" ", 30)
+            carried = Checkpoint(text=text[:cut], tokens=len(t.deltas("whole")) - 5)
+            rest = await t.ask(body, key="rest", checkpoint=carried)
+            assert rest["choices"][0]["message"]["content"].startswith(text[:cut])
+            assert rest["choices"][0]["finish_reason"] == "length"
+            assert rest["usage"]["completion_tokens"] == 20
+            error = (await t.ask(chat("word " * 700), key="long"))["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+        trial(url, test)
+    finally:
+        server.kill()
+        server.wait()
+        server.stdin.close()
+        server.stdout.close()

@@ -1,0 +1,304 @@
+"""The guard: one table of single faults, and properties over random signals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from motorpool.agent.signals.source import AlwaysParked
+from motorpool.core.guard import (
+    MAX_AGE_MS,
+    ConsentView,
+    History,
+    LowVoltage,
+    Occupancy,
+    Policy,
+    Reading,
+    Signals,
+    Verdict,
+    decide,
+)
+from motorpool.types import Permit, Reason, ReasonCode
+
+NOW_MS = 1_790_000_000_000  # 14:13:20 UTC
+MINUTE_NOW = 14 * 60 + 13
+POLICY = Policy(watts_w=100, dwell_ms=1_000)
+CONSENT = ConsentView(refusal=None, max_watts_w=150, floor_pct=20.0, expires_ms=NOW_MS + 86_400_000)
+GOOD = AlwaysParked().read(NOW_MS)
+FINE = History(fine_since_ms=NOW_MS - 1_000)
+
+
+def with_(signals: Signals, **values: Any) -> Signals:
+    return msgspec.structs.replace(signals, **{name: Reading(value, NOW_MS) for name, value in values.items()})
+
+
+def verdict(
+    signals: Signals, *, policy: Policy = POLICY, consent: ConsentView = CONSENT, history: History = FINE
+) -> Verdict:
+    return decide(policy, consent, signals, history, NOW_MS)[0]
+
+
+def codes(result: Verdict) -> list[ReasonCode]:
+    assert not isinstance(result, Permit)
+    return [reason.code for reason in result]
+
+
+def test_a_parked_plugged_and_permitted_vehicle_gets_the_smaller_of_both_powers() -> None:
+    assert verdict(GOOD) == Permit(watts_w=100, until_ms=NOW_MS + 2_000)
+    assert verdict(GOOD, policy=Policy(watts_w=400, dwell_ms=0)) == Permit(watts_w=150, until_ms=NOW_MS + 2_000)
+
+
+def test_a_permit_never_outlives_the_consent() -> None:
+    consent = msgspec.structs.replace(CONSENT, expires_ms=NOW_MS + 500)
+    assert verdict(GOOD, consent=consent) == Permit(watts_w=100, until_ms=NOW_MS + 500)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("gear_is_park", False, ReasonCode.NOT_IN_PARK),
+        ("speed_kmh", 3.0, ReasonCode.MOVING),
+        ("speed_kmh", -3.0, ReasonCode.MOVING),
+        ("speed_kmh", float("nan"), ReasonCode.MOVING),
+        ("ignition", LowVoltage.ON, ReasonCode.IGNITION_ON),
+        ("ignition", LowVoltage.START, ReasonCode.IGNITION_ON),
+        ("ignition", LowVoltage.UNDEFINED, ReasonCode.IGNITION_ON),
+        ("doors_open", True, ReasonCode.DOOR_OPEN),
+        ("locked", False, ReasonCode.UNLOCKED),
+        ("seat_occupied", Occupancy.OCCUPIED, ReasonCode.OCCUPIED),
+        ("seat_occupied", Occupancy.UNKNOWN, ReasonCode.OCCUPIED),
+        ("cable_connected", False, ReasonCode.NOT_PLUGGED_IN),
+        ("cable_locked", False, ReasonCode.CABLE_UNLOCKED),
+        ("grid_power_available", False, ReasonCode.NO_GRID_POWER),
+        ("battery_power_w", float("nan"), ReasonCode.NO_GRID_POWER),
+        ("soc_displayed_pct", 29.9, ReasonCode.BELOW_FLOOR),
+        ("soc_displayed_pct", float("nan"), ReasonCode.BELOW_FLOOR),
+    ],
+)
+def test_each_single_fault_is_a_reason_of_its_own(name: str, value: Any, code: ReasonCode) -> None:
+    assert codes(verdict(with_(GOOD, **{name: value}))) == [code]
+
+
+def test_charging_is_no_condition() -> None:
+    full = with_(GOOD, soc_displayed_pct=100.0, charge_limit_pct=80.0, battery_power_w=0.0)
+    assert isinstance(verdict(full), Permit)
+
+
+@pytest.mark.parametrize("name", MAX_AGE_MS)
+def test_each_signal_that_is_missing_stale_or_from_the_future_is_named(name: str) -> None:
+    missing = msgspec.structs.replace(GOOD, **{name: None})
+    assert verdict(missing) == (Reason(code=ReasonCode.SIGNAL_MISSING, detail=name),)
+    value = getattr(GOOD, name).value
+    for at_ms in (NOW_MS - MAX_AGE_MS[name] - 1, NOW_MS + 1_001):
+        stale = msgspec.structs.replace(GOOD, **{name: Reading(value, at_ms)})
+        assert verdict(stale) == (Reason(code=ReasonCode.SIGNAL_STALE, detail=name),)
+    still_good = msgspec.structs.replace(GOOD, **{name: Reading(value, NOW_MS - MAX_AGE_MS[name])})
+    assert isinstance(verdict(still_good), Permit)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        ReasonCode.CONSENT_MISSING,
+        ReasonCode.CONSENT_INVALID,
+        ReasonCode.CONSENT_EXPIRED,
+        ReasonCode.CONSENT_WITHDRAWN,
+    ],
+)
+def test_without_consent_there_is_no_permit(code: ReasonCode) -> None:
+    assert codes(verdict(GOOD, consent=ConsentView(refusal=code))) == [code]
+
+
+def test_the_default_is_off() -> None:
+    assert codes(verdict(GOOD, consent=ConsentView())) == [ReasonCode.CONSENT_MISSING]
+    nothing = codes(verdict(Signals(), consent=ConsentView()))
+    assert nothing == [ReasonCode.CONSENT_MISSING] + [ReasonCode.SIGNAL_MISSING] * len(MAX_AGE_MS)
+
+
+def test_a_consent_that_allows_no_power_or_is_over_is_none() -> None:
+    powerless = msgspec.structs.replace(CONSENT, max_watts_w=0)
+    assert codes(verdict(GOOD, consent=powerless)) == [ReasonCode.CONSENT_INVALID]
+    over = msgspec.structs.replace(CONSENT, expires_ms=NOW_MS)
+    assert codes(verdict(GOOD, consent=over)) == [ReasonCode.CONSENT_EXPIRED]
+
+
+def test_all_reasons_are_told_not_only_the_first() -> None:
+    leaving = with_(GOOD, doors_open=True, locked=False, cable_connected=False, seat_occupied=Occupancy.OCCUPIED)
+    assert codes(verdict(leaving)) == [
+        ReasonCode.DOOR_OPEN,
+        ReasonCode.UNLOCKED,
+        ReasonCode.OCCUPIED,
+        ReasonCode.NOT_PLUGGED_IN,
+    ]
+
+
+def test_after_a_time_without_a_look_all_must_be_fine_for_a_while_again() -> None:
+    history = History()
+    for at_ms in (NOW_MS, NOW_MS + 500, NOW_MS + 1_000):
+        result, history = decide(POLICY, CONSENT, AlwaysParked().read(at_ms), history, at_ms)
+    assert isinstance(result, Permit)
+    just_in_time_ms = NOW_MS + 1_000 + POLICY.blind_ms
+    result, _ = decide(POLICY, CONSENT, AlwaysParked().read(just_in_time_ms), history, just_in_time_ms)
+    assert isinstance(result, Permit)
+    # the computer slept for an hour: who knows what happened to the vehicle meanwhile
+    woken_ms = NOW_MS + 3_600_000
+    result, history = decide(POLICY, CONSENT, AlwaysParked().read(woken_ms), history, woken_ms)
+    assert codes(result) == [ReasonCode.DWELL]
+    again_ms = woken_ms + POLICY.dwell_ms
+    result, _ = decide(POLICY, CONSENT, AlwaysParked().read(again_ms), history, again_ms)
+    assert isinstance(result, Permit)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("capacity_wh", 0.0), ("capacity_wh", -1.0), ("charger_power_w", float("inf"))]
+)
+def test_a_battery_or_charger_that_cannot_be_does_not_promise_a_charge(name: str, value: float) -> None:
+    short = with_(GOOD, soc_displayed_pct=50.0, charge_limit_pct=80.0, **{name: value})
+    assert codes(verdict(short, policy=ready_by(MINUTE_NOW - 240))) == [ReasonCode.READY_BY_AT_RISK]
+
+
+def test_the_higher_of_both_floors_counts() -> None:
+    half = with_(GOOD, soc_displayed_pct=50.0)
+    assert isinstance(verdict(half), Permit)
+    assert codes(verdict(half, consent=msgspec.structs.replace(CONSENT, floor_pct=60.0))) == [ReasonCode.BELOW_FLOOR]
+    assert codes(verdict(half, policy=Policy(floor_pct=60.0, dwell_ms=0))) == [ReasonCode.BELOW_FLOOR]
+
+
+def ready_by(minute: int, target_pct: float = 80.0, offset_min: int = 0) -> Policy:
+    return Policy(
+        watts_w=1_000, dwell_ms=0, ready_by_minute=minute % 1440, target_pct=target_pct, utc_offset_min=offset_min
+    )
+
+
+def charging(soc_pct: float) -> Signals:
+    # 60 kWh, 7.15 kW less 1 kW for computing: a percent takes 5.9 minutes, 6.4 with the margin, and 15 minutes on top
+    return with_(GOOD, soc_displayed_pct=soc_pct, charge_limit_pct=90.0, charger_power_w=7_150.0)
+
+
+@pytest.mark.parametrize(
+    ("soc_pct", "minutes_to_go", "at_risk"),
+    [(70.0, 120, False), (70.0, 82, False), (70.0, 75, True), (79.9, 20, False), (79.9, 10, True), (80.0, 1, False)],
+)
+def test_computing_must_not_cost_the_owner_the_ready_by_target(
+    soc_pct: float, minutes_to_go: int, at_risk: bool
+) -> None:
+    consent = msgspec.structs.replace(CONSENT, max_watts_w=1_000)
+    result = verdict(charging(soc_pct), policy=ready_by(MINUTE_NOW + minutes_to_go), consent=consent)
+    if at_risk:
+        assert codes(result) == [ReasonCode.READY_BY_AT_RISK]
+    else:
+        assert isinstance(result, Permit)
+
+
+def test_ready_by_is_local_time_and_the_signed_time_counts_too() -> None:
+    soon = ready_by(MINUTE_NOW + 130, offset_min=120)
+    assert codes(verdict(charging(70.0), policy=soon)) == [ReasonCode.READY_BY_AT_RISK]
+    consent = msgspec.structs.replace(CONSENT, ready_by_minute=MINUTE_NOW + 10, target_pct=80.0)
+    assert codes(verdict(charging(70.0), consent=consent)) == [ReasonCode.READY_BY_AT_RISK]
+
+
+def test_a_missed_ready_by_time_still_gives_charging_the_first_place() -> None:
+    assert codes(verdict(charging(70.0), policy=ready_by(MINUTE_NOW - 60))) == [ReasonCode.READY_BY_AT_RISK]
+    assert isinstance(verdict(charging(70.0), policy=ready_by(MINUTE_NOW - 180)), Permit)
+
+
+def test_the_charge_limit_bounds_the_target_and_a_weak_charger_leaves_nothing_to_us() -> None:
+    limited = with_(charging(70.0), charge_limit_pct=70.0)
+    assert isinstance(verdict(limited, policy=ready_by(MINUTE_NOW + 10)), Permit)
+    weak = with_(charging(70.0), charger_power_w=150.0)
+    policy = msgspec.structs.replace(ready_by(MINUTE_NOW + 1_000), watts_w=100)
+    assert codes(verdict(weak, policy=policy)) == [ReasonCode.READY_BY_AT_RISK]
+
+
+def test_the_vehicles_own_estimate_counts_when_it_is_the_longer() -> None:
+    slow = with_(charging(70.0), time_to_complete_s=36_000.0)
+    assert isinstance(verdict(charging(70.0), policy=ready_by(MINUTE_NOW + 180)), Permit)
+    assert codes(verdict(slow, policy=ready_by(MINUTE_NOW + 180))) == [ReasonCode.READY_BY_AT_RISK]
+
+
+def test_a_cable_without_power_shows_in_the_sign_of_the_battery() -> None:
+    draining = with_(GOOD, battery_power_w=-300.0)
+    result, first = decide(POLICY, CONSENT, draining, FINE, NOW_MS)
+    assert first.draining_since_ms == NOW_MS
+    assert isinstance(result, Permit)
+    later_ms = NOW_MS + POLICY.battery_drain_grace_ms
+    later = AlwaysParked().read(later_ms)
+    later = msgspec.structs.replace(later, battery_power_w=Reading(-300.0, later_ms))
+    result, history = decide(POLICY, CONSENT, later, first, later_ms)
+    assert codes(result) == [ReasonCode.NO_GRID_POWER]
+    _, history = decide(POLICY, CONSENT, AlwaysParked().read(later_ms), history, later_ms)
+    assert history.draining_since_ms is None
+
+
+def test_after_a_fault_everything_must_be_fine_for_the_dwell() -> None:
+    _, history = decide(POLICY, CONSENT, with_(GOOD, doors_open=True), FINE, NOW_MS)
+    assert history.fine_since_ms is None
+    for passed_ms, permitted in ((0, False), (500, False), (999, False), (1_000, True), (5_000, True)):
+        at_ms = NOW_MS + passed_ms
+        signals = AlwaysParked().read(at_ms)
+        result, history = decide(POLICY, CONSENT, signals, history, at_ms)
+        assert isinstance(result, Permit) == permitted
+        if not permitted:
+            assert codes(result) == [ReasonCode.DWELL]
+
+
+_BAD: dict[str, st.SearchStrategy[Any]] = {
+    "gear_is_park": st.just(False),
+    "speed_kmh": st.floats(0.5, 300) | st.floats(-50, -0.5) | st.just(float("nan")),
+    "ignition": st.sampled_from([LowVoltage.ON, LowVoltage.START, LowVoltage.UNDEFINED]),
+    "doors_open": st.just(True),
+    "locked": st.just(False),
+    "seat_occupied": st.sampled_from([Occupancy.OCCUPIED, Occupancy.UNKNOWN]),
+    "cable_connected": st.just(False),
+    "cable_locked": st.just(False),
+    "grid_power_available": st.just(False),
+    "soc_displayed_pct": st.floats(0, 29.9),
+}
+_signals = st.fixed_dictionaries(
+    {},
+    optional={name: st.tuples(bad, st.integers(-10_000, 700_000)) | st.none() for name, bad in _BAD.items()},
+)
+
+
+@given(changes=_signals, fine_for_ms=st.integers(0, 10_000_000))
+def test_any_bad_missing_or_stale_signal_means_no(changes: dict[str, Any], fine_for_ms: int) -> None:
+    readings = {
+        name: None if change is None else Reading(change[0], NOW_MS - change[1]) for name, change in changes.items()
+    }
+    signals = msgspec.structs.replace(GOOD, **readings)
+    result = verdict(signals, history=History(fine_since_ms=NOW_MS - fine_for_ms))
+    if changes:
+        assert not isinstance(result, Permit)
+        assert result
+    else:
+        assert isinstance(result, Permit) == (fine_for_ms >= POLICY.dwell_ms)
+
+
+@given(name=st.sampled_from(sorted(MAX_AGE_MS)), age_ms=st.integers(-1_000, 2_000_000))
+def test_a_signal_counts_until_its_greatest_age_and_not_longer(name: str, age_ms: int) -> None:
+    signals = msgspec.structs.replace(GOOD, **{name: Reading(getattr(GOOD, name).value, NOW_MS - age_ms)})
+    assert isinstance(verdict(signals), Permit) == (age_ms <= MAX_AGE_MS[name])
+
+
+@given(
+    soc=st.floats(30, 90),
+    target=st.floats(30, 100),
+    minutes=st.integers(0, 1439),
+    watts=st.integers(1, 3_000),
+    charger=st.floats(0, 22_000),
+)
+def test_a_permit_is_only_given_when_the_target_is_reached_with_us(
+    soc: float, target: float, minutes: int, watts: int, charger: float
+) -> None:
+    """The physics beside the rule: charging at what we leave over, from now to the ready-by time."""
+    policy = Policy(watts_w=watts, dwell_ms=0, ready_by_minute=(MINUTE_NOW + minutes) % 1440, target_pct=target)
+    consent = msgspec.structs.replace(CONSENT, max_watts_w=watts)
+    signals = with_(GOOD, soc_displayed_pct=soc, charge_limit_pct=90.0, charger_power_w=charger)
+    if isinstance(verdict(signals, policy=policy, consent=consent), Permit):
+        hours = (minutes * 60 - 20) / 3600
+        reached = soc + max(0.0, (charger - watts) * hours / 60_000 * 100)
+        assert min(90.0, reached) >= min(target, 90.0) - 1e-6 or soc >= min(target, 90.0)
