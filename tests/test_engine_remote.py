@@ -132,6 +132,95 @@ def test_cancelled_attempts_close_their_connections(slow: str) -> None:
     trial(slow, test, slots=1)
 
 
+class Scripted:
+    """A server whose answers are bytes of the test's choice, and which counts connections."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if head.startswith(b"GET"):
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+                    continue
+                length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+                await reader.readexactly(int(length.split(b":")[1]))
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n" + self.answer)
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            writer.close()
+
+    def ask(self, test: Callable[[Trial], Awaitable[None]]) -> None:
+        async def run() -> None:
+            server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            t = Trial(build_engine(EngineSpec(backend=Backend.REMOTE, model="m", url=url)))
+            await t.start()
+            try:
+                await test(t)
+            finally:
+                await t.engine.close()
+                server.close()
+
+        asyncio.run(run())
+
+
+def chunked(*parts: bytes, ended: bool = True) -> bytes:
+    pieces = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
+    return b"transfer-encoding: chunked\r\n\r\n" + b"".join(pieces) + (b"0\r\n\r\n" if ended else b"")
+
+
+SAID = b'{"choices":[{"index":0,"delta":{"content":"yes"},"finish_reason":"stop"}]}'
+
+
+def test_one_connection_serves_one_answer_after_the_other() -> None:
+    server = Scripted(chunked(b"data: " + SAID + b"\n\n", b"data: [DONE]\n\n"))
+
+    async def test(t: Trial) -> None:
+        for number in range(5):
+            assert (await t.ask(chat("x"), key=f"a{number}"))["choices"][0]["message"]["content"] == "yes"
+
+    server.ask(test)
+    assert server.connections == 1
+
+
+def test_a_server_that_keeps_an_answered_request_open_is_not_waited_for() -> None:
+    server = Scripted(chunked(b"data: " + SAID + b"\n\ndata: [DONE]\n\n", ended=False))
+
+    async def test(t: Trial) -> None:
+        for number in range(2):
+            assert (await t.ask(chat("x"), key=f"a{number}"))["choices"][0]["message"]["content"] == "yes"
+
+    server.ask(test)
+    assert server.connections > 1
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_events_may_end_in_any_way_and_be_cut_anywhere(end: bytes) -> None:
+    whole = b": a comment" + end + end + b"data:" + SAID + end + end + b"data: [DONE]" + end + end
+    server = Scripted(chunked(*(whole[at : at + 1] for at in range(len(whole)))))
+
+    async def test(t: Trial) -> None:
+        assert (await t.ask(chat("x")))["choices"][0]["message"]["content"] == "yes"
+
+    server.ask(test)
+
+
+@pytest.mark.parametrize("said", [b"data: " + b"x" * (9 << 20), b"data: {\xff}\n\n", b"data: 7\n\n", b""])
+def test_what_no_such_server_sends_ends_the_attempt_alone(said: bytes) -> None:
+    server = Scripted(chunked(said) if said else chunked())
+
+    async def test(t: Trial) -> None:
+        for key in ("a", "b"):
+            (done,) = await t.run(work(chat("x"), key=key))
+            assert done.status == 500
+            assert json.loads(done.body)["error"]["code"] == "engine_error"
+
+    server.ask(test)
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Final, cast
 
+import uvloop
+
 from motorpool.agent.runtime import frames
 from motorpool.agent.runtime.backend import BackendRunner, Emit
 from motorpool.agent.runtime.engine import Died, EngineEvent
@@ -193,7 +195,7 @@ def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[0]), int(arguments[1])
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
-    code = asyncio.run(serve(fd))
+    code = uvloop.run(serve(fd))
     os._exit(code)
 
 

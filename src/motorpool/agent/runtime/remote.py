@@ -16,9 +16,11 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Final
 
-import httpx
+import aiohttp
 import msgspec
 
 from motorpool.agent.runtime import answer
@@ -33,6 +35,9 @@ from motorpool.types import Usage
 from motorpool.wire import Checkpoint, Delta
 
 CONNECT_S: Final = 10.0
+DRAIN_S: Final = 0.1  # after the end of an answer
+READ_BYTES: Final = 256 * 1024  # what is read ahead; then the server waits
+MAX_LINE_BYTES: Final = 8 * 1024 * 1024  # of one event
 MAX_ERROR_BYTES: Final = 64 * 1024
 MAX_TOKENS: Final = 1 << 24  # of one answer: more than any model makes
 _OURS: Final = frozenset({401, 403, 404, 405})  # the operator's key or address is wrong, not the customer's request
@@ -44,11 +49,11 @@ class RemoteBackend:
     def __init__(self, spec: EngineSpec, emit: Emit) -> None:
         self._spec = spec
         self._emit = emit
-        self._client = httpx.AsyncClient(
-            base_url=spec.url.rstrip("/") + "/",
+        self._client = aiohttp.ClientSession(
             headers=_headers(spec),
-            timeout=httpx.Timeout(REMOTE_SILENCE_S, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=spec.slots + 1),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=REMOTE_SILENCE_S),
+            connector=aiohttp.TCPConnector(limit=spec.slots + 1),
+            read_bufsize=READ_BYTES,
         )
         self._fingerprint = answer.fingerprint("remote", spec.url, spec.remote_model or spec.model)
         self._queue: deque[Work] = deque()
@@ -57,10 +62,11 @@ class RemoteBackend:
     async def load(self) -> Ready:
         """Ask the server for its models: whoever answers, even with an error, is there."""
         try:
-            response = await self._client.get("models")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            async with self._client.get(_address(self._spec, "models"), allow_redirects=False) as response:
+                status = response.status
+        except aiohttp.ClientError as error:
             raise EngineError(f"no server answers at {self._spec.url} ({type(error).__name__}); start it") from error
-        if response.status_code in {401, 403}:
+        if status in {401, 403}:
             raise SetupError(f"the server at {self._spec.url} refuses the key in {self._spec.api_key_env or 'no'!r}")
         return Ready(
             model=self._spec.model,
@@ -105,7 +111,7 @@ class RemoteBackend:
             event = answer.failed(work.key, error)
         except MotorpoolError as error:
             event = answer.failed(work.key, MotorpoolError(error.message, code="engine_error"))
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             trouble = f"the connection to the model server broke ({type(error).__name__})"
             event = answer.failed(work.key, MotorpoolError(trouble, code="engine_error"))
         except (msgspec.DecodeError, KeyError, TypeError, ValueError, AttributeError):
@@ -131,7 +137,9 @@ class _Part:
 class _Call:
     """One attempt."""
 
-    def __init__(self, client: httpx.AsyncClient, spec: EngineSpec, work: Work, fingerprint: str, emit: Emit) -> None:
+    def __init__(
+        self, client: aiohttp.ClientSession, spec: EngineSpec, work: Work, fingerprint: str, emit: Emit
+    ) -> None:
         self._client = client
         self._spec = spec
         self._work = work
@@ -186,18 +194,21 @@ class _Call:
     async def _stream(self, request: dict[str, Any]) -> None:
         content = msgspec.json.encode(request)
         headers = {"Content-Type": "application/json"}
-        async with self._client.stream("POST", self._work.kind.value, content=content, headers=headers) as response:
-            if response.status_code >= 400:
-                raise _refused(response.status_code, (await response.aread())[:MAX_ERROR_BYTES])
-            async for line in response.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[5:].strip()
-                if data.startswith("[DONE]"):
-                    return
-                self._take(msgspec.json.decode(data))
-                if self._parts and all(part.flow.stopped for part in self._parts.values()) and self._single:
-                    return
+        url = _address(self._spec, self._work.kind.value)
+        async with self._client.post(url, data=content, headers=headers, allow_redirects=False) as response:
+            if response.status >= 400:
+                raise _refused(response.status, await _beginning(response.content))
+            async with aclosing(_lines(response.content)) as lines:
+                async for line in lines:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data.startswith(b"[DONE]"):
+                        break
+                    self._take(msgspec.json.decode(data))
+                    if self._parts and all(part.flow.stopped for part in self._parts.values()) and self._single:
+                        return
+            await _drain(response.content)
 
     @property
     def _single(self) -> bool:
@@ -267,6 +278,43 @@ class _Call:
             cached_tokens=within(int(details.get("cached_tokens") or 0), prompt),
             carried_tokens=carried,
         )
+
+
+def _address(spec: EngineSpec, route: str) -> str:
+    return f"{spec.url.rstrip('/')}/{route}"
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncGenerator[bytes]:
+    """Lines with their ends, which may be LF, CR or both, as events allow. Raises EngineError over MAX_LINE_BYTES."""
+    rest = b""
+    async for data in content.iter_any():
+        lines = (rest + data).splitlines(keepends=True)
+        rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+        for line in lines:
+            yield line
+        if len(rest) > MAX_LINE_BYTES:
+            raise EngineError("the model server sent a line that is too long")
+    yield rest
+
+
+async def _beginning(content: aiohttp.StreamReader) -> bytes:
+    """The first MAX_ERROR_BYTES of a response, as far as it goes."""
+    data = b""
+    async for piece in content.iter_any():
+        data += piece
+        if len(data) >= MAX_ERROR_BYTES:
+            break
+    return data[:MAX_ERROR_BYTES]
+
+
+async def _drain(content: aiohttp.StreamReader) -> None:
+    """Read on to the end of a response whose answer is complete: only then can its connection serve the next one."""
+    try:
+        async with asyncio.timeout(DRAIN_S):
+            async for _ in content.iter_any():
+                pass
+    except TimeoutError:
+        return  # this server keeps it open; leaving the response closes the connection
 
 
 def within(count: int, most: int) -> int:
