@@ -20,6 +20,7 @@ import httpx
 from bench import env, load, product
 
 START_S = 90.0
+BARE_LINK = "uvicorn + NATS, bare loop"
 LITELLM_KEY = "sk-bench-0123456789abcdef"
 WORKERS = os.cpu_count() or 2
 # Its production page: no database, no spend logs, errors alone in the log; two workers under Granian, which was the
@@ -85,6 +86,17 @@ def vllm_router(folder: Path, upstream: load.Target) -> Iterator[Gateway]:
     target = load.Target(name="vllm-router", base_url=f"http://127.0.0.1:{port}/v1")
     with product.ended(command, folder / "vllm-router.log") as process:
         wait(target, process, folder / "vllm-router.log")
+        yield Gateway(target, process)
+
+
+@contextlib.contextmanager
+def bare_link(folder: Path) -> Iterator[Gateway]:
+    """A limit, not a peer: uvicorn and NATS with nothing in between; see ``bench.bare_link``."""
+    port = free_port()
+    target = load.Target(name=BARE_LINK, base_url=f"http://127.0.0.1:{port}/v1")
+    log = folder / "bare-link.log"
+    with product.ended([sys.executable, "-m", "bench.bare_link", "--port", str(port)], log) as process:
+        wait(target, process, log)
         yield Gateway(target, process)
 
 

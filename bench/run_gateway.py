@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import uvloop
@@ -21,6 +22,7 @@ TOKENS = 8
 CONTENT = "The left rear brake hose may have been routed too close to the wheel. What should the owner do next?"
 DIRECT = "engine directly"
 BY_URL = "Motorpool, engine by URL"
+NO_PEERS = (report.OURS, BY_URL, DIRECT, gateways.BARE_LINK)
 VEHICLES = 2
 AIM_MS = 1.0
 
@@ -41,7 +43,7 @@ class Figures:
         """The figures with their aims."""
         ours_ms = self.median.median(report.OURS)
         ours_rate = self.rate.median(report.OURS)
-        rival = self.rate.best([name for name in self.rate.values if name not in (report.OURS, BY_URL, DIRECT)])
+        rival = self.rate.best([name for name in self.rate.values if name not in NO_PEERS])
         faster = None if ours_rate is None or rival is None else ours_rate > rival
         return [
             self.median.figure(aim=f"under {AIM_MS:g} ms", met=ours_ms is not None and ours_ms < AIM_MS),
@@ -120,12 +122,17 @@ def start_all(
             continue
         target = load.Target(name=name, base_url=cell.base_url, api_key=cell.api_key)
         found.append(Ours(target, cell))
-    for name, start in (("vllm-router", gateways.vllm_router), ("LiteLLM proxy", gateways.litellm)):
+    others: list[tuple[str, Callable[[], contextlib.AbstractContextManager[gateways.Gateway]]]] = [
+        (gateways.BARE_LINK, lambda: gateways.bare_link(folder)),
+        ("vllm-router", lambda: gateways.vllm_router(folder, direct)),
+        ("LiteLLM proxy", lambda: gateways.litellm(folder, direct)),
+    ]
+    for name, start in others:
         if not include(name):
             continue
         print(f"    starting {name}", flush=True)
         try:
-            found.append(stack.enter_context(start(folder, direct)))
+            found.append(stack.enter_context(start()))
         except env.MissingEnvError as error:
             figures.skipped[name] = str(error)
             print(f"    {error}", flush=True)
