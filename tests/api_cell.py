@@ -25,6 +25,7 @@ from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished, Pro
 from motorpool.agent.runtime.null import InlineNullEngine
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.catalogue import Catalogue, Model
+from motorpool.core.pricing import Price
 from motorpool.errors import CapacityError, ConflictError, VehicleError
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatch
 from motorpool.server.openai.app import Api, build_app
@@ -165,8 +166,9 @@ class LocalCell:
 
     async def start_batch(self, batch: ValidBatch) -> None:
         def change(connection: sqlite3.Connection) -> None:
-            books.write_index(connection, batch.batch_no, batch.offsets, batch.lengths)
-            connection.execute("UPDATE batch SET model = ? WHERE batch_no = ?", (batch.model, batch.batch_no))
+            index = books.LineIndex(offsets=batch.offsets, lengths=batch.lengths, limits=batch.limits)
+            books.write_index(connection, batch.batch_no, index)
+            books.write_model(connection, batch.batch_no, batch.model, Price(input_micro=1, output_micro=1))
             books.set_status(connection, batch.batch_no, "in_progress", self.now_ms())
 
         await self.write(change)

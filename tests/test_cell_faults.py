@@ -110,10 +110,10 @@ def test_files_are_named_once_whatever_fails_after_they_were_written(
             await world.agent("v1")
             real, failures = books.drop_line_data, [StorageFullError("full"), sqlite3.OperationalError("I/O error")]
 
-            def drop_line_data(db: sqlite3.Connection, batch_no: int, limit: int) -> bool:
+            def drop_line_data(db: sqlite3.Connection, **given: int) -> int | None:
                 if failures:
                     raise failures.pop()
-                return real(db, batch_no, limit)
+                return real(db, **given)
 
             monkeypatch.setattr(books, "drop_line_data", drop_line_data)
             batch_id = await world.batch([chat(f"line {number}", 3) for number in range(5)])
@@ -183,23 +183,51 @@ def test_an_input_file_cannot_be_deleted_while_its_batch_runs(tmp_path: Path) ->
 
 
 def test_one_message_that_cannot_be_committed_is_dropped_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real = books.insert_results
+
+    def insert_results(db: sqlite3.Connection, rows: list[books.ResultRow]) -> None:
+        if any(SECRET.encode() in row[2] for row in rows):
+            raise sqlite3.IntegrityError(SECRET)
+        real(db, rows)
+
     async def test() -> None:
         async with a_world(tmp_path) as world:
+            monkeypatch.setattr(books, "insert_results", insert_results)
             hand = await world.hand_played("v1")
             batch_id = await world.batch([chat(f"line {number}", 5) for number in range(4)])
             grant = await hand.next(wire.Grant)
             lines = [item.line for item in grant.items]
             await hand.finish(grant, lines[:1], "m1")
-            # The same name for other results: the books refuse to move money twice under it.
-            await hand.finish(grant, lines[1:2], "m1", body=f'{{"text":"{SECRET}"}}'.encode())
+            await hand.finish(grant, lines[1:2], "bad", body=f'{{"text":"{SECRET}"}}'.encode())
             await hand.finish(grant, lines[1:], "m2")
             await world.until(lambda: "is dropped" in caplog.text)
             batch = await world.ended(batch_id)
             assert batch["request_counts"]["completed"] == 4
             world.check_money(batch_id)
             assert SECRET not in caplog.text
+
+    run(test())
+
+
+def test_what_a_vehicle_calls_its_messages_moves_no_money_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1")
+            batch_id = await world.batch([chat(f"line {number}", 5) for number in range(4)])
+            done = 0
+            while done < 4:
+                grant = await hand.next(wire.Grant)
+                for item in grant.items:
+                    await hand.finish(grant, [item.line], "always the same")
+                    done += 1
+            batch = await world.ended(batch_id)
+            assert batch["request_counts"]["completed"] == 4
+            world.check_money(batch_id)
+            assert "failed" not in caplog.text
 
     run(test())
 
@@ -237,8 +265,8 @@ def test_the_largest_line_with_the_largest_checkpoint_still_reaches_a_vehicle(tm
             batch_id = await world.batch([chat("x" * (4 * 1024 * 1024 - 200), 5)])
             grant = await hand.next(wire.Grant)
             assert len(grant.items[0].body) > 4_000_000
-            for size in (MAX_CHECKPOINT_BYTES + 1, MAX_CHECKPOINT_BYTES):
-                item = wire.ReturnItem(line=0, tokens=size - 1000, checkpoint=b"c" * size, started=True)
+            for tokens, size in ((3, MAX_CHECKPOINT_BYTES + 1), (4, MAX_CHECKPOINT_BYTES)):
+                item = wire.ReturnItem(line=0, tokens=tokens, checkpoint=b"c" * size, started=True)
                 back = wire.Returned(
                     incarnation="hand", message_id=f"r{size}", lease_id=grant.lease_id, job_id=grant.job_id,
                     reason=ReturnReason.REVOKED, items=[item],

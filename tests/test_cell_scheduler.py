@@ -24,6 +24,7 @@ def started(lines: int, length: int = 100, expires_ms: int = 3_600_000) -> ev.Jo
     return ev.JobStarted(
         cause_id="c", job_no=1, job_id="batch_1", account="acme", kind=Kind.CHAT, model="m", price=PRICE,
         expires_ms=expires_ms, lengths=np.full(lines, length, dtype=np.uint32),
+        limits=np.full(lines, 10_000, dtype=np.uint32),
     )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_a_late_or_repeated_failure_is_not_held_against_a_line_that_runs_elsewhe
     for _ in range(sch.MAX_STRIKES + 1):
         commands = scheduler.handle(failed, 30)
         assert not of(commands, ev.SaveResults)
-    assert scheduler.jobs[1].strikes == {0: 1}
+    assert scheduler.jobs[1].strikes == {0: ["v1"]}
     scheduler.validate()
 
 
@@ -100,6 +101,7 @@ def test_a_long_answer_that_outlives_its_leases_goes_on_as_long_as_it_grows() ->
         assert not of(commands, ev.SaveFailures)
         lease = grants(commands)[0]
     for turn in range(sch.MAX_STRIKES):  # and one that does not grow any more ends
+        now += sch.MIN_LEASE_MS
         commands = scheduler.handle(returned(lease, [0], ReturnReason.EXPIRED), now)
         lease = grants(commands)[0] if turn < sch.MAX_STRIKES - 1 else lease
     assert of(commands, ev.SaveFailures)
@@ -128,10 +130,10 @@ def test_after_a_start_what_was_finished_in_time_may_still_arrive() -> None:
     scheduler = Scheduler(1)
     late = 4_000_000
     scheduler.restore_job(
-        started(2), done=np.zeros(0, dtype=np.int64), carried={}, checkpoint_bytes={}, cancelling_ms=None
+        started(2), done=np.zeros(0, dtype=np.int64), carried={}, checkpoint_bytes={}, held={}, cancelling_ms=None
     )
     scheduler.restore_lease(saved)
-    scheduler.resume(late)
+    scheduler.resume(late, settled_ms=late + sch.SETTLE_MS)
     assert not of(scheduler.handle(ev.Ticked(cause_id="t"), late + 1_000), ev.AssembleFiles)
     assert of(scheduler.handle(results(lease, [0], [200]), late + 2_000), ev.SaveResults)
     assert of(scheduler.handle(ev.Ticked(cause_id="t"), late + sch.SETTLE_MS), ev.AssembleFiles)
@@ -140,7 +142,7 @@ def test_after_a_start_what_was_finished_in_time_may_still_arrive() -> None:
 def test_a_cancellation_is_told_again_after_a_start() -> None:
     scheduler = Scheduler(1)
     scheduler.restore_job(
-        started(2), done=np.zeros(0, dtype=np.int64), carried={}, checkpoint_bytes={}, cancelling_ms=5
+        started(2), done=np.zeros(0, dtype=np.int64), carried={}, checkpoint_bytes={}, held={}, cancelling_ms=5
     )
     scheduler.restore_lease(
         ev.SaveLease(
@@ -154,7 +156,7 @@ def test_a_cancellation_is_told_again_after_a_start() -> None:
             base={},
         )
     )
-    assert scheduler.resume(10) == [ev.SendRevoke(vehicle_id="v1", lease_id="l", keep_running=True)]
+    assert scheduler.resume(10, settled_ms=10) == [ev.SendRevoke(vehicle_id="v1", lease_id="l", keep_running=True)]
 
 
 def test_a_live_answer_without_a_token_of_its_own_still_pays_for_the_prompt() -> None:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from motorpool.core import events as ev
 from motorpool.core import scheduler as sch
+from motorpool.core.fleet import BACKOFF_MS
 from motorpool.core.jobs import DONE
 from motorpool.core.ledger import Transfer
 from motorpool.core.pricing import Price, cost_micro, extend, split, trim
@@ -21,6 +22,7 @@ from motorpool.wire import State
 
 PRICE = Price(input_micro=1_000_000, output_micro=2_000_000)
 HOUR_MS = 3_600_000
+LIMIT_TOKENS = 100
 
 
 def started(lines: int = 4, job_no: int = 1, expires_ms: int = HOUR_MS) -> ev.JobStarted:
@@ -34,6 +36,7 @@ def started(lines: int = 4, job_no: int = 1, expires_ms: int = HOUR_MS) -> ev.Jo
         price=PRICE,
         expires_ms=expires_ms,
         lengths=np.full(lines, 100, dtype=np.uint32),
+        limits=np.full(lines, LIMIT_TOKENS, dtype=np.uint32),
     )
 
 
@@ -106,11 +109,11 @@ def test_a_batch_on_one_vehicle_from_start_to_files() -> None:
         ev.PostTransfers(
             transfers=[
                 Transfer(
-                    transfer_id="v1/m1/charge", kind="usage", debit="customer:acme", credit="platform",
+                    transfer_id="batch_1/0/charge", kind="usage", debit="customer:acme", credit="platform",
                     amount_micro=20, reference="batch_1",
                 ),
                 Transfer(
-                    transfer_id="v1/m1/pay/v1", kind="earning", debit="platform", credit="owner:v1",
+                    transfer_id="batch_1/0/pay/v1", kind="earning", debit="platform", credit="owner:v1",
                     amount_micro=14, reference="batch_1",
                 ),
             ]
@@ -258,12 +261,15 @@ def test_a_line_that_kills_engines_ends_in_a_named_error() -> None:
     scheduler = Scheduler()
     scheduler.handle(started(1), 0)
     commands = scheduler.handle(report("v1", 1), 0)
+    now = 1
     for turn in range(1, sch.MAX_STRIKES + 1):
         lease = grants(commands)[0]
-        now = turn * sch.BACKOFF_MS
         commands = scheduler.handle(returned("v1", lease.lease_id, [0], reason=ReturnReason.ENGINE_DIED), now)
+        wait_ms = BACKOFF_MS << (turn - 1)
+        commands += scheduler.handle(report("v1", 2 * turn), now + wait_ms - 1)
         assert not grants(commands), "not to the one that has just handed it back"
-        commands += scheduler.handle(report("v1", 1 + turn), now + sch.BACKOFF_MS)
+        now += wait_ms
+        commands += scheduler.handle(report("v1", 2 * turn + 1), now)
     failures = of(commands, ev.SaveFailures)
     assert [failure.code for failure in failures] == ["engine_failed"]
     assert ev.AssembleFiles(job_no=1) in commands
@@ -275,8 +281,8 @@ def test_departures_are_never_held_against_a_line() -> None:
     commands = scheduler.handle(report("v1", 1), 0)
     for turn in range(1, 50):
         lease = grants(commands)[0]
-        commands = scheduler.handle(returned("v1", lease.lease_id, [0]), turn * sch.BACKOFF_MS)
-        commands += scheduler.handle(report("v1", 1 + turn), (turn + 1) * sch.BACKOFF_MS)
+        commands = scheduler.handle(returned("v1", lease.lease_id, [0]), turn * BACKOFF_MS)
+        commands += scheduler.handle(report("v1", 1 + turn), (turn + 1) * BACKOFF_MS)
         assert not of(commands, ev.SaveFailures)
 
 
@@ -328,6 +334,7 @@ class World(RuleBasedStateMachine):
         self.charged = 0
         self.leases: dict[str, ev.SaveLease] = {}
         self.old: list[ev.SaveLease] = []
+        self.held: dict[int, tuple[str, ...]] = {}
         self.ended = False
         self.message = 0
         self.take(self.scheduler.handle(started(self.LINES, expires_ms=10**12), 0), None)
@@ -338,6 +345,9 @@ class World(RuleBasedStateMachine):
                 self.leases[command.lease_id] = command
             elif isinstance(command, ev.DropLease):
                 self.old.append(self.leases.pop(command.lease_id))
+            elif isinstance(command, ev.SaveHeld):
+                for line in command.lines:
+                    self.held[line] = (*self.held.get(line, ()), command.vehicle_id)
             elif isinstance(command, ev.SaveResults):
                 assert event is not None
                 for place in command.picks:
@@ -419,11 +429,11 @@ class World(RuleBasedStateMachine):
         job = before.jobs[1]
         self.scheduler.restore_job(
             started(self.LINES, expires_ms=10**12), done=done, carried=job.carried,
-            checkpoint_bytes=job.checkpoint_bytes, cancelling_ms=None,
+            checkpoint_bytes=job.checkpoint_bytes, held=dict(self.held), cancelling_ms=None,
         )  # fmt: skip
         for lease in self.leases.values():
             self.scheduler.restore_lease(lease)
-        self.take(self.scheduler.resume(self.now), None)
+        self.take(self.scheduler.resume(self.now, settled_ms=0), None)
 
     @invariant()
     def the_books_are_true(self) -> None:
@@ -442,7 +452,7 @@ class World(RuleBasedStateMachine):
         for turn in range(4 * self.LINES):
             if self.ended:
                 break
-            self.now += sch.SILENT_AFTER_MS + sch.BACKOFF_MS
+            self.now += sch.SILENT_AFTER_MS + BACKOFF_MS
             self.take(self.scheduler.handle(ev.Ticked(cause_id="t"), self.now), None)
             self.seq += 1
             self.take(self.scheduler.handle(report("z", self.seq, incarnation="new"), self.now), None)

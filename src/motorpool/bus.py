@@ -79,8 +79,9 @@ class EmbeddedNats:
 
     def _kept_port(self) -> int:
         path = self.folder / "port"
-        if path.exists():
-            return int(path.read_text("utf-8"))
+        kept = path.read_text("utf-8").strip() if path.exists() else ""
+        if kept.isdecimal():  # a power cut can leave it empty
+            return int(kept)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
@@ -301,6 +302,7 @@ class CellLink:
         self._sender = Sender(client)
         self._puller: asyncio.Task[None] | None = None
         self._arrived: deque[WorkMessage] = deque()
+        self._held: dict[int, WorkMessage] = {}  # not acknowledged yet, by their number in the stream
         self._came = asyncio.Event()
 
     @classmethod
@@ -370,8 +372,7 @@ class CellLink:
         """Have the stream send what is not acknowledged, from the oldest on."""
 
         async def received(message: Msg) -> None:
-            self._arrived.append(WorkMessage(message))
-            self._came.set()
+            self._take(message)
 
         await self.ensure_stream()
         return await self._stream.subscribe(
@@ -385,6 +386,18 @@ class CellLink:
                 ack_policy=AckPolicy.EXPLICIT, ack_wait=REDELIVER_AFTER_S, max_ack_pending=MAX_UNACKNOWLEDGED
             ),
         )
+
+    def _take(self, message: Msg) -> None:
+        """Queue a message. One that is held already came again because it waits here: it does not wait twice."""
+        number = message.metadata.sequence.stream
+        held = self._held.get(number)
+        if held is not None and held.data == message.data:  # else the server has lost its store and counts anew
+            held.again(message)
+            return
+        work = WorkMessage(message, lambda: self._held.pop(number, None))
+        self._held[number] = work
+        self._arrived.append(work)
+        self._came.set()
 
     async def _pull(self, on_work: Callable[[list[WorkMessage]], Awaitable[None]]) -> None:
         await self._forget_consumer()
@@ -443,17 +456,23 @@ class CellLink:
 
 
 class WorkMessage:
-    """One message of finished work; unacknowledged ones are delivered again."""
+    """One message of finished work; unacknowledged ones are delivered again. ``on_over``: it was acknowledged."""
 
-    __slots__ = ("_message", "data", "vehicle_id")
+    __slots__ = ("_message", "_on_over", "data", "vehicle_id")
 
-    def __init__(self, message: Msg) -> None:
+    def __init__(self, message: Msg, on_over: Callable[[], object]) -> None:
         self._message = message
+        self._on_over = on_over
         self.data = message.data
         self.vehicle_id = wire.vehicle_of(message.subject)
 
+    def again(self, message: Msg) -> None:
+        """It was delivered again: only the newest delivery can be acknowledged for sure."""
+        self._message = message
+
     async def acknowledge(self) -> None:
         """The books are committed: the stream may forget it. A lost acknowledgement only means a repetition."""
+        self._on_over()
         try:
             await self._message.ack()
         except (OSError, nats.errors.Error) as error:

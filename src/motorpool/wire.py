@@ -45,7 +45,7 @@ Name = Annotated[str, Meta(max_length=256)]
 Line = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Total = Annotated[int, Meta(ge=0, le=1 << 50)]
 Status = Annotated[int, Meta(ge=100, le=599)]
-Slots = Annotated[int, Meta(ge=0, le=1 << 16)]
+Slots = Annotated[int, Meta(ge=0, le=1 << 12)]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -292,6 +292,7 @@ UpWork = Results | Returned
 UpLive = Tokens | Answered | Broken
 
 _encoder = msgspec.msgpack.Encoder()
+_BAD: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what bytes that are no message raise
 _T = TypeVar("_T")
 DOWN: Final = msgspec.msgpack.Decoder(Down)
 UP_STATE: Final = msgspec.msgpack.Decoder(UpState)
@@ -317,7 +318,7 @@ def decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes) -> _T:
         raise TooLargeError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, not {len(data)}")
     try:
         message = decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _BAD as error:
         raise CallerError("not a message of this link", code="invalid_message") from error
     if len(getattr(message, "items", ())) > MAX_ITEMS_PER_MESSAGE:
         raise TooLargeError(f"a message holds at most {MAX_ITEMS_PER_MESSAGE} items")
@@ -335,5 +336,5 @@ def decode_checkpoint(data: bytes) -> Checkpoint:
     """Unpack a checkpoint; raise CallerError if it is none."""
     try:
         return _CHECKPOINT.decode(data)
-    except msgspec.DecodeError as error:
+    except _BAD as error:
         raise CallerError("not a checkpoint", code="invalid_message") from error

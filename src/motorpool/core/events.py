@@ -24,7 +24,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobStarted(Event, frozen=True, kw_only=True):
-    """A batch passed its checks: line ``i`` has a body of about ``lengths[i]`` bytes."""
+    """A batch passed its checks.
+
+    Line ``i`` has a body of about ``lengths[i]`` bytes, and an answer of at most ``limits[i]`` tokens over its choices.
+    """
 
     job_no: int
     job_id: str
@@ -34,6 +37,7 @@ class JobStarted(Event, frozen=True, kw_only=True):
     price: Price
     expires_ms: int
     lengths: npt.NDArray[np.uint32]
+    limits: npt.NDArray[np.uint32]
 
 
 class CancelAsked(Event, frozen=True, kw_only=True):
@@ -138,6 +142,14 @@ class DropLease(Command, frozen=True, kw_only=True):
     """A lease is over."""
 
     lease_id: str
+
+
+class SaveHeld(Command, frozen=True, kw_only=True):
+    """Lines were taken from a vehicle, or handed back by it; what it says of them later still counts."""
+
+    job_no: int
+    vehicle_id: str
+    lines: list[int]
 
 
 class SaveResults(Command, frozen=True, kw_only=True):

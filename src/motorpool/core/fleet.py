@@ -15,6 +15,10 @@ DEPTH_MS: Final = 120_000  # a queue holds at most this much work at the measure
 MIN_DEPTH_PER_SLOT: Final = 2  # while one line runs, the next one waits
 MAX_DEPTH_LINES: Final = 16_384
 SPEED_SMOOTHING: Final = 0.3
+MEASURE_MS: Final = 1_000
+MIN_PASSED_MS: Final = 50  # for the first measure, which does not wait so long
+BACKOFF_MS: Final = 2_000  # no grants for so long to a vehicle that has just handed work back
+MAX_DOUBLINGS: Final = 7  # of that, when it fails again and again: four minutes
 _USABLE: Final = frozenset((VehicleState.READY, VehicleState.WORKING))
 
 
@@ -24,6 +28,8 @@ class Vehicle:
     __slots__ = (
         "blocked_until_ms",
         "counted_as",
+        "failures",
+        "finished",
         "incarnation",
         "leases",
         "lines_per_s",
@@ -44,6 +50,8 @@ class Vehicle:
         self.leases: dict[str, Lease] = {}
         self.lines_per_s = 0.0
         self.result_ms = 0
+        self.finished = 0  # lines since ``result_ms``
+        self.failures = 0  # since its last result
         self.blocked_until_ms = 0
         self.counted_as: str | None = None
         self.live = 0  # live requests placed here and not ended
@@ -66,13 +74,27 @@ class Vehicle:
         """Lines that it holds."""
         return sum(len(lease.lines) for lease in self.leases.values())
 
-    def learn_speed(self, finished: int, now_ms: int) -> None:
-        """Smooth lines per second from results, not from claims."""
+    def wait(self, now_ms: int, times: int = 1) -> None:
+        """Give it nothing for a while."""
+        self.blocked_until_ms = max(self.blocked_until_ms, now_ms + BACKOFF_MS * times)
+
+    def failed(self, now_ms: int) -> None:
+        """It had work and nothing came of it: wait, twice as long each time."""
+        self.wait(now_ms, times=1 << min(self.failures, MAX_DOUBLINGS))
+        self.failures += 1
+
+    def succeeded(self, lines: int, now_ms: int) -> None:
+        """Lines of it were accepted: smooth lines per second from them, not from claims, about once a second."""
+        self.failures = 0
+        self.finished += lines
         since = max(self.result_ms, min((lease.granted_ms for lease in self.leases.values()), default=now_ms))
-        rate = finished * 1000 / max(1, now_ms - since)
+        passed_ms = now_ms - since
+        if passed_ms < MEASURE_MS and self.lines_per_s > 0:
+            return
+        rate = self.finished * 1000 / max(passed_ms, MIN_PASSED_MS)
         known = self.lines_per_s
         self.lines_per_s = rate if known == 0 else (1 - SPEED_SMOOTHING) * known + SPEED_SMOOTHING * rate
-        self.result_ms = now_ms
+        self.result_ms, self.finished = now_ms, 0
 
     def depth(self, job: Job, vehicles: int) -> int:
         """How many lines of ``job`` it should hold when ``vehicles`` share the job.
@@ -82,7 +104,8 @@ class Vehicle:
         """
         by_speed = int(self.lines_per_s * DEPTH_MS / 1000)
         fair = -(-job.pending // (2 * max(1, vehicles)))
-        least = min(self.slots * MIN_DEPTH_PER_SLOT, MAX_DEPTH_LINES)
+        # However many slots it claims to have: no more than its part of the whole.
+        least = min(self.slots * MIN_DEPTH_PER_SLOT, MAX_DEPTH_LINES, -(-job.pending // max(1, vehicles)))
         if job.pending < vehicles * least:
-            least = min(self.slots, MAX_DEPTH_LINES)
+            least = min(self.slots, least)
         return max(min(by_speed, fair, MAX_DEPTH_LINES), least)

@@ -1,7 +1,7 @@
 """A job and its lines in columns, and the leases that vehicles hold on them.
 
-About 9 bytes a line: state, length, holder. Lines never granted are those from ``cursor`` on; lines that came back
-wait in ``again``, lowest first, and go before them.
+About 13 bytes a line: state, length, limit of its tokens, holder. Lines never granted are those from ``cursor`` on;
+lines that came back wait in ``again``, lowest first, and go before them.
 
 Called by: ``core.scheduler``.
 """
@@ -84,6 +84,7 @@ class Job:
         price: Price,
         expires_ms: int,
         lengths: npt.NDArray[np.uint32],
+        limits: npt.NDArray[np.uint32],
     ) -> None:
         self.job_no = job_no
         self.job_id = job_id
@@ -93,6 +94,7 @@ class Job:
         self.price = price
         self.expires_ms = expires_ms
         self.lengths = lengths
+        self.limits = limits
         self.total = len(lengths)
         self.state = np.zeros(self.total, dtype=np.uint8)
         self.holder = np.full(self.total, NOBODY, dtype=np.int32)
@@ -100,7 +102,8 @@ class Job:
         self.again: list[int] = []
         self.done = 0
         self.leased = 0
-        self.strikes: dict[int, int] = {}
+        self.strikes: dict[int, list[str]] = {}  # the vehicles that failed over a line, in order
+        self.held: dict[int, tuple[str, ...]] = {}  # the vehicles that a line was taken from; they may still finish it
         self.carried: dict[int, Shares] = {}
         self.checkpoint_bytes: dict[int, int] = {}
         self.cancelling_ms: int | None = None
@@ -182,6 +185,7 @@ class Job:
         self.carried.pop(line, None)
         self.checkpoint_bytes.pop(line, None)
         self.strikes.pop(line, None)
+        self.held.pop(line, None)
 
     def measure(self, now_ms: int) -> None:
         """Smooth the rate of finished lines; called about once a second."""
@@ -205,3 +209,41 @@ class Job:
         fresh = set(np.flatnonzero(self.state[self.cursor :] == PENDING) + self.cursor)
         assert len(waiting) == sum(1 for line in self.again if self.state[line] == PENDING), "a line waits twice"
         assert len(waiting | fresh) == self.pending, "a pending line would never be granted"
+
+
+class Waiting:
+    """The jobs that may have waiting lines, the most urgent of each model first; those that have none go later."""
+
+    def __init__(self) -> None:
+        self._heaps: dict[str, list[tuple[int, int]]] = {}
+        self._jobs: dict[int, Job] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def __contains__(self, job: Job) -> bool:
+        return job.job_no in self._jobs
+
+    def add(self, job: Job) -> None:
+        """This job has waiting lines (again)."""
+        if job.pending > 0 and job.job_no not in self._jobs:
+            self._jobs[job.job_no] = job
+            heapq.heappush(self._heaps.setdefault(job.model, []), (job.expires_ms, job.job_no))
+
+    def drop(self, job: Job) -> None:
+        """This job is over."""
+        self._jobs.pop(job.job_no, None)
+        if not self._jobs:
+            self._heaps.clear()
+
+    def first(self, model: str | None) -> Job | None:
+        """The most urgent job of a model that has waiting lines and is not cancelled."""
+        heap = self._heaps.get(model or "")
+        while heap:
+            job = self._jobs.get(heap[0][1])
+            if job is not None and job.pending > 0 and job.cancelling_ms is None:
+                return job
+            _, number = heapq.heappop(heap)
+            self._jobs.pop(number, None)
+        self._heaps.pop(model or "", None)
+        return None

@@ -23,6 +23,11 @@ def owner(vehicle_id: str) -> str:
     return f"owner:{vehicle_id}"
 
 
+def vehicle_of(account: str) -> str:
+    """The vehicle whose owner has this ledger account."""
+    return account.removeprefix(owner(""))
+
+
 class Transfer(msgspec.Struct, frozen=True, kw_only=True):
     """``amount_micro`` millionths of the currency unit from ``debit`` to ``credit``; ``reference`` names the job."""
 

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.core import events as ev
+from motorpool.core.accepted import Accepted
 from motorpool.core.fleet import Vehicle
-from motorpool.core.jobs import DONE, LEASED, NOBODY, Job, Lease
+from motorpool.core.jobs import DONE, LEASED, NOBODY, Job, Lease, Waiting
 from motorpool.core.ledger import settle
 from motorpool.core.pricing import Shares, cost_micro, extend, split, trim
 from motorpool.types import ReturnReason, VehicleState
@@ -35,9 +36,10 @@ MIN_LEASE_MS: Final = 300_000
 MAX_LEASE_MS: Final = 3_600_000
 EXPIRY_GRACE_MS: Final = 15_000  # the vehicle's clock may have started later
 CANCEL_GRACE_MS: Final = 600_000  # lines that run when a job is cancelled may finish for so long
-BACKOFF_MS: Final = 2_000  # no grants for so long to a vehicle that has just handed work back
+FILL_EVERY_MS: Final = 100  # handed back lines are granted to others at most this often; and with each tick
 SETTLE_MS: Final = 15_000  # after a start no window closes for so long: what was finished in time may still arrive
 MAX_STRIKES: Final = 3
+MAX_STRIKES_IN_ALL: Final = 9
 MAX_GRANT_LINES: Final = 1_024
 MAX_GRANT_BYTES: Final = 1_048_576
 LIVE_CANDIDATES: Final = 8
@@ -63,6 +65,8 @@ class Scheduler:
         self._serving: dict[str, int] = {}  # how many present vehicles have each model
         self._live_turn = 0
         self._settled_ms = 0
+        self._filled_ms = -FILL_EVERY_MS
+        self._waiting = Waiting()
         self._handlers: dict[type, Callable[[Any, int], Commands]] = {
             ev.JobStarted: self._job_started,
             ev.CancelAsked: self._cancel_asked,
@@ -102,7 +106,9 @@ class Scheduler:
             price=event.price,
             expires_ms=event.expires_ms,
             lengths=event.lengths,
+            limits=event.limits,
         )
+        self._waiting.add(job)
         self.jobs[job.job_no] = job
         self.job_numbers[job.job_id] = job.job_no
         return job
@@ -114,6 +120,7 @@ class Scheduler:
         done: npt.NDArray[np.int64],
         carried: dict[int, Shares],
         checkpoint_bytes: dict[int, int],
+        held: dict[int, tuple[str, ...]],
         cancelling_ms: int | None,
     ) -> None:
         """Put a job from the books back into the state, with the lines that have ended."""
@@ -121,6 +128,7 @@ class Scheduler:
         job.restore(done)
         job.carried = {line: shares for line, shares in carried.items() if job.state[line] != DONE}
         job.checkpoint_bytes = {line: size for line, size in checkpoint_bytes.items() if line in job.carried}
+        job.held = {line: vehicles for line, vehicles in held.items() if job.state[line] != DONE}
         job.cancelling_ms = cancelling_ms
 
     def restore_lease(self, saved: ev.SaveLease) -> None:
@@ -148,10 +156,13 @@ class Scheduler:
         vehicle.leases[lease.lease_id] = lease
         return lease
 
-    def resume(self, now_ms: int) -> Commands:
-        """After everything was put back from the books: end what has nothing left, and give vehicles time to report."""
+    def resume(self, now_ms: int, *, settled_ms: int) -> Commands:
+        """After everything was put back from the books: end what has nothing left, and give vehicles time to report.
+
+        No window closes before ``settled_ms``.
+        """
         commands: Commands = []
-        self._settled_ms = now_ms + SETTLE_MS
+        self._settled_ms = settled_ms
         for vehicle in self.vehicles.values():
             vehicle.seen_ms = now_ms
         for lease in self.leases.values():
@@ -160,6 +171,7 @@ class Scheduler:
             commands += self._forget(lease)
         for job in list(self.jobs.values()):
             job.requeue()
+            self._waiting.add(job)
             if job.cancelling_ms is not None:
                 commands += self._stop_waiting_lines(job)  # the crash may have come before they were asked back
             commands += self._end_if_done(job)
@@ -197,6 +209,7 @@ class Scheduler:
             commands += self._forget(lease)
         del self.jobs[job.job_no]
         del self.job_numbers[job.job_id]
+        self._waiting.drop(job)
         if job.cancelling_ms is None:
             commands.append(ev.SaveJobStatus(job_no=job.job_no, status="finalizing"))
         return [*commands, ev.Note(subject=job.job_id, what=why), ev.AssembleFiles(job_no=job.job_no)]
@@ -241,7 +254,9 @@ class Scheduler:
                 # It has ended there; its last results may still be on their way through the stream.
                 lease.missing_ms = lease.missing_ms or now_ms
                 if now_ms - lease.missing_ms >= MISSING_AFTER_MS:
-                    commands += self._take_back(lease, "results did not arrive")
+                    commands += self._take_back(lease, "results did not arrive", failed_ms=now_ms)
+            elif lease.job.cancelling_ms is not None:
+                commands += self._take_back(lease, "its job was cancelled")
             elif now_ms - lease.sent_ms >= RESEND_AFTER_MS:
                 commands += self._send_again(lease, now_ms)
         commands += [
@@ -253,7 +268,7 @@ class Scheduler:
 
     def _send_again(self, lease: Lease, now_ms: int) -> Commands:
         if lease.sent_times >= MAX_SENDS:
-            return self._take_back(lease, "the vehicle did not take it")
+            return self._take_back(lease, "the vehicle did not take it", failed_ms=now_ms)
         lease.sent_ms = now_ms
         lease.sent_times += 1
         return [self._grant(lease, now_ms)]
@@ -285,15 +300,38 @@ class Scheduler:
 
     # -- leases --------------------------------------------------------------------------------------------------------
 
-    def _take_back(self, lease: Lease, why: str) -> Commands:
-        """End a lease that was not handed back; its lines wait again."""
-        count = len(lease.lines)
-        lease.job.put_back(sorted(lease.lines))
+    def _take_back(self, lease: Lease, why: str, *, failed_ms: int | None = None) -> Commands:
+        """End a lease that was not handed back; its lines wait again. ``failed_ms``: now, if that is a failure."""
+        lines = sorted(lease.lines)
+        commands = self._put_back(lease.job, lease.vehicle_id, lines)
         lease.lines.clear()
-        commands = self._forget(lease)
-        if count:
-            commands.append(ev.Note(subject=lease.vehicle_id, what=f"{count} lines taken back: {why}"))
+        commands += self._forget(lease)
+        vehicle = self.vehicles.get(lease.vehicle_id)
+        if vehicle is not None and failed_ms is not None:
+            vehicle.failed(failed_ms)
+        if lines:
+            commands.append(ev.Note(subject=lease.vehicle_id, what=f"{len(lines)} lines taken back: {why}"))
         return commands + self._end_if_done(lease.job) if lease.job.job_no in self.jobs else commands
+
+    def _put_back(self, job: Job, vehicle_id: str, lines: list[int]) -> Commands:
+        """These lines of a vehicle wait again. It may have finished them all the same, so it is remembered."""
+        if not lines:
+            return []
+        job.put_back(lines)
+        self._waiting.add(job)
+        new = [line for line in lines if vehicle_id not in job.held.get(line, ())]
+        for line in new:
+            job.held[line] = (*job.held.get(line, ()), vehicle_id)
+        return [ev.SaveHeld(job_no=job.job_no, vehicle_id=vehicle_id, lines=new)] if new else []
+
+    def _may_speak_of(self, job: Job, line: int, vehicle_id: str) -> bool:
+        """Whether this vehicle holds the line, or held it once."""
+        if not 0 <= line < job.total or job.state[line] == DONE:
+            return False
+        holder = int(job.holder[line])
+        if holder != NOBODY and self.by_number[holder].vehicle_id == vehicle_id:
+            return True
+        return vehicle_id in job.held.get(line, ())
 
     def _forget(self, lease: Lease) -> Commands:
         if self.leases.pop(lease.lease_id, None) is None:
@@ -323,30 +361,27 @@ class Scheduler:
             base=lease.base,
         )
 
-    def _job_for(self, vehicle: Vehicle) -> Job | None:
-        """The most urgent job with waiting lines that this vehicle can run."""
-        assert vehicle.state is not None
-        best: Job | None = None
-        for job in self.jobs.values():
-            if job.cancelling_ms is not None or job.pending <= 0 or job.model != vehicle.state.model:
-                continue
-            if best is None or (job.expires_ms, job.job_no) < (best.expires_ms, best.job_no):
-                best = job
-        return best
-
     def _fill_all(self, now_ms: int) -> Commands:
         commands: Commands = []
+        self._filled_ms = now_ms
         for vehicle_id in sorted(self.vehicles):
+            if not self._waiting:
+                break
             commands += self._fill(self.vehicles[vehicle_id], now_ms)
         return commands
+
+    def _fill_soon(self, now_ms: int) -> Commands:
+        """Grant what has just come back, unless that was done a moment ago: the next tick does it then."""
+        return self._fill_all(now_ms) if now_ms - self._filled_ms >= FILL_EVERY_MS else []
 
     def _fill(self, vehicle: Vehicle, now_ms: int) -> Commands:
         """Grant work when the vehicle's queue is less than half full."""
         commands: Commands = []
-        if not self.jobs or not vehicle.usable(now_ms):
+        if not self._waiting or not vehicle.usable(now_ms):
             return commands
+        assert vehicle.state is not None
         outstanding = vehicle.outstanding()
-        while (job := self._job_for(vehicle)) is not None:
+        while (job := self._waiting.first(vehicle.state.model)) is not None:
             depth = vehicle.depth(job, self._serving.get(job.model, 0))
             if outstanding > depth // 2:
                 break
@@ -373,7 +408,9 @@ class Scheduler:
     def _lease_out(self, job: Job, vehicle: Vehicle, lines: list[int], now_ms: int) -> Commands:
         job.grants += 1
         expected = len(lines) * 4000 / vehicle.lines_per_s if vehicle.lines_per_s else 0
-        ttl_ms = int(min(max(MIN_LEASE_MS, expected), MAX_LEASE_MS))
+        # A line that was not finished in the time of a lease gets twice as much with each try.
+        tries = max((len(job.strikes[line]) for line in lines if line in job.strikes), default=0)
+        ttl_ms = int(min(max(MIN_LEASE_MS << tries, expected), MAX_LEASE_MS))
         base = {line: sum(n for _, n in job.carried[line]) for line in lines if line in job.carried}
         saved = ev.SaveLease(
             lease_id=f"{job.job_id}-{self.epoch:x}-{job.grants}",
@@ -401,66 +438,79 @@ class Scheduler:
             return []
         job = self.jobs[number]
         vehicle = self._vehicle(event.vehicle_id)
-        vehicle.learn_speed(len(event.lines), now_ms)
-        accepted = _Accepted(vehicle_id=vehicle.vehicle_id)
+        accepted = Accepted(vehicle_id=vehicle.vehicle_id)
         ended: dict[int, list[int]] = {}  # lines to remove, by the number of the lease that holds them
-        struck: list[int] = []
+        again: list[int] = []
         seen: set[int] = set()
         for place, line in enumerate(event.lines):
-            if not 0 <= line < job.total or job.state[line] == DONE or line in seen:
+            if line in seen or not self._may_speak_of(job, line, vehicle.vehicle_id):
                 continue
             seen.add(line)
             holder = int(job.holder[line])
             if event.statuses[place] >= 500:
                 if holder == NOBODY or self.by_number[holder].lease_id != event.lease_id:
                     continue  # late or repeated: the line waits or runs elsewhere already
-                if self._strike(job, line):
-                    struck.append(line)
+                # Too much to do is no fault of the line's.
+                if event.statuses[place] == 503 or self._strike(job, line, vehicle.vehicle_id):
+                    again.append(line)
                     ended.setdefault(holder, []).append(line)
                     continue
             if holder != NOBODY:
                 ended.setdefault(holder, []).append(line)
             accepted.add(job, event, place)
             job.finish(line)
-        commands = accepted.commands(job, event)
-        if struck:
-            job.put_back(struck)
+        if accepted.answered:
+            vehicle.succeeded(accepted.answered, now_ms)
+        elif again:
+            vehicle.failed(now_ms)
+        commands = accepted.commands(job, event) + self._put_back(job, vehicle.vehicle_id, again)
         for lease_number, lines in sorted(ended.items()):
             lease = self.by_number[lease_number]
             if lease.lease_id != event.lease_id:
                 commands.append(ev.SendRevoke(vehicle_id=lease.vehicle_id, lease_id=lease.lease_id, lines=lines))
-            commands += self._remove_lines(lease, lines, waiting=bool(struck))
+            commands += self._remove_lines(lease, lines, waiting=bool(again))
         commands += self._end_if_done(job)
         return commands + self._fill(vehicle, now_ms)
 
-    def _strike(self, job: Job, line: int) -> bool:
+    def _strike(self, job: Job, line: int, vehicle_id: str) -> bool:
         """Count a failure that may be the line's own fault; whether it gets another try."""
-        job.strikes[line] = job.strikes.get(line, 0) + 1
-        return job.strikes[line] < MAX_STRIKES
+        strikes = job.strikes.setdefault(line, [])
+        strikes.append(vehicle_id)
+        tried = {name: self.vehicles.get(name) for name in strikes}
+        here = sum(1 for vehicle in tried.values() if vehicle is not None and vehicle.counted_as == job.model)
+        enough = len(tried) >= MAX_STRIKES or here == self._serving.get(job.model, 0)  # or nobody else could try
+        return len(strikes) < MAX_STRIKES or (len(strikes) < MAX_STRIKES_IN_ALL and not enough)
 
     def _work_returned(self, event: ev.WorkReturned, now_ms: int) -> Commands:
         number = self.job_numbers.get(event.job_id)
-        lease = self.leases.get(event.lease_id)
         vehicle = self._vehicle(event.vehicle_id)
-        if event.reason not in {ReturnReason.REVOKED, ReturnReason.EXPIRED}:
-            vehicle.blocked_until_ms = now_ms + BACKOFF_MS  # its next report may be on its way still
+        if event.reason is ReturnReason.ENGINE_DIED:
+            vehicle.failed(now_ms)
+        elif event.reason not in {ReturnReason.REVOKED, ReturnReason.EXPIRED}:
+            vehicle.wait(now_ms)  # its next report may be on its way still
         if number is None:
-            return self._forget(lease) if lease is not None else []
+            return []
         job = self.jobs[number]
+        lease = self._lease_of(job, event)
         commands = self._keep_checkpoints(job, lease, event)
-        if lease is None or lease.vehicle_id != event.vehicle_id:
+        if lease is None:
             return commands
         back = [line for line in dict.fromkeys(event.lines) if line in lease.lines]
-        job.put_back(back)
+        commands += self._put_back(job, event.vehicle_id, back)
         blamed = self._blamed(lease, event)
-        commands += self._give_up(job, [line for line in blamed if not self._strike(job, line)])
+        commands += self._give_up(job, [line for line in blamed if not self._strike(job, line, event.vehicle_id)])
         if back:
             carried = sum(event.tokens)
             what = f"{len(back)} lines handed back ({event.reason.value}) with {carried} tokens"
             commands.append(ev.Note(subject=event.vehicle_id, what=what))
         commands += self._remove_lines(lease, back, waiting=True)
         commands += self._end_if_done(job)
-        return commands + self._fill_all(now_ms)
+        return commands + self._fill_soon(now_ms)
+
+    def _lease_of(self, job: Job, event: ev.WorkReturned | ev.ProgressMade) -> Lease | None:
+        """The lease that an event names, if it is of this job and this vehicle's."""
+        lease = self.leases.get(event.lease_id)
+        return lease if lease is not None and lease.job is job and lease.vehicle_id == event.vehicle_id else None
 
     @staticmethod
     def _blamed(lease: Lease, event: ev.WorkReturned) -> list[int]:
@@ -478,7 +528,7 @@ class Scheduler:
             return []
         for line in lines:
             job.finish(line)
-        message = f"the engine failed {MAX_STRIKES} times while it ran this line"
+        message = "engines failed again and again while they ran this line"
         return [
             ev.SaveFailures(job_no=job.job_no, lines=lines, code="engine_failed", message=message),
             ev.SaveJobCounts(job_no=job.job_no, failed=len(lines)),
@@ -489,14 +539,15 @@ class Scheduler:
         number = self.job_numbers.get(event.job_id)
         if number is None:
             return []
-        return self._keep_checkpoints(self.jobs[number], self.leases.get(event.lease_id), event)
+        job = self.jobs[number]
+        return self._keep_checkpoints(job, self._lease_of(job, event), event)
 
     def _keep_checkpoints(self, job: Job, lease: Lease | None, event: ev.WorkReturned | ev.ProgressMade) -> Commands:
         """Keep the checkpoints that are longer than those known, and who generated what of them."""
         picks: list[int] = []
         shares_of: list[Shares] = []
         for place, (line, tokens) in enumerate(zip(event.lines, event.tokens, strict=True)):
-            if tokens <= 0 or not 0 <= line < job.total or job.state[line] == DONE:
+            if tokens <= 0 or not self._may_speak_of(job, line, event.vehicle_id) or tokens > job.limits[line]:
                 continue
             known = job.carried.get(line, [])
             known_tokens = sum(count for _, count in known)
@@ -589,7 +640,7 @@ class Scheduler:
         for lease in list(self.leases.values()):
             if now_ms >= lease.expires_ms + EXPIRY_GRACE_MS:
                 commands.append(ev.SendRevoke(vehicle_id=lease.vehicle_id, lease_id=lease.lease_id))
-                commands += self._take_back(lease, "the lease ran out")
+                commands += self._take_back(lease, "the lease ran out", failed_ms=now_ms)
         for job in list(self.jobs.values()):
             job.measure(now_ms)
             if now_ms >= max(job.expires_ms, self._settled_ms):
@@ -602,6 +653,8 @@ class Scheduler:
         """Every invariant of this state; for tests and simulation."""
         for job in self.jobs.values():
             job.validate()
+            waits = job.pending > 0 and job.cancelling_ms is None
+            assert not waits or job in self._waiting, "a job with waiting lines would never be granted"
         for lease in self.leases.values():
             assert lease.lines, "an empty lease is over"
             assert lease.job.job_no in self.jobs
@@ -619,90 +672,3 @@ class Scheduler:
             denied = vehicle.state is not None and vehicle.state.state is VehicleState.DENIED
             assert not (denied and vehicle.usable(1 << 60)), "a denied vehicle gets nothing"
         assert present == {model: count for model, count in self._serving.items() if count}
-
-
-class _Accepted:
-    """Gathers what the accepted part of one message of results changes."""
-
-    def __init__(self, vehicle_id: str) -> None:
-        self.vehicle_id = vehicle_id
-        self.picks: list[int] = []
-        self.costs: list[int] = []
-        self.carried: list[int] = []
-        self.with_checkpoint: list[int] = []
-        self.completed = self.failed = self.prompt = self.cached = self.completion = 0
-        self.owners: dict[str, int] = {}
-        self.others: dict[str, int] = {}
-
-    def add(self, job: Job, event: ev.ResultsArrived, place: int) -> None:
-        line = event.lines[place]
-        self.picks.append(place)
-        if line in job.carried:
-            self.with_checkpoint.append(line)
-        if event.statuses[place] >= 400:
-            self.failed += 1
-            self.costs.append(0)
-            self.carried.append(0)
-            return
-        prompt, completion = event.prompt_tokens[place], event.completion_tokens[place]
-        cost = cost_micro(job.price, prompt, completion)
-        self.completed += 1
-        self.costs.append(cost)
-        self.prompt += prompt
-        self.cached += event.cached_tokens[place]
-        self.completion += completion
-        carried = min(event.carried_tokens[place], completion)
-        shares = trim(job.carried.get(line, []), carried) if carried else []
-        carried = sum(count for _, count in shares)  # only what somebody is known to have generated
-        self.carried.append(carried)
-        if not shares:
-            pool = cost * job.price.owner_share_bp // 10_000
-            self.owners[self.vehicle_id] = self.owners.get(self.vehicle_id, 0) + pool
-            return
-        for vehicle_id, tokens in shares:
-            if vehicle_id != self.vehicle_id:
-                self.others[vehicle_id] = self.others.get(vehicle_id, 0) + tokens
-        whole = extend(shares, self.vehicle_id, completion - carried)
-        for vehicle_id, amount in split(job.price, cost, prompt, self.vehicle_id, whole).items():
-            self.owners[vehicle_id] = self.owners.get(vehicle_id, 0) + amount
-
-    def commands(self, job: Job, event: ev.ResultsArrived) -> Commands:
-        if not self.picks:
-            return []
-        cost, carried, others = sum(self.costs), sum(self.carried), sum(self.others.values())
-        cause = f"{self.vehicle_id}/{event.message_id}"
-        commands: Commands = [
-            ev.SaveResults(
-                job_no=job.job_no,
-                vehicle_id=self.vehicle_id,
-                picks=self.picks,
-                costs_micro=self.costs,
-                carried_tokens=self.carried,
-                with_checkpoint=self.with_checkpoint,
-            ),
-            ev.SaveJobCounts(
-                job_no=job.job_no,
-                completed=self.completed,
-                failed=self.failed,
-                prompt_tokens=self.prompt,
-                cached_tokens=self.cached,
-                completion_tokens=self.completion,
-                carried_tokens=carried,
-                cost_micro=cost,
-            ),
-            ev.SaveVehicleCounts(
-                vehicle_id=self.vehicle_id,
-                lines_done=len(self.picks),
-                tokens_generated=self.completion - others,
-                tokens_taken_over=others,
-                energy_mwh=event.energy_mwh,
-            ),
-        ]
-        commands += [
-            ev.SaveVehicleCounts(vehicle_id=other, tokens_generated=tokens, tokens_handed_on=tokens)
-            for other, tokens in sorted(self.others.items())
-        ]
-        transfers = settle(cause, job.account, cost, self.owners, job.job_id)
-        if transfers:
-            commands.append(ev.PostTransfers(transfers=transfers))
-        return commands

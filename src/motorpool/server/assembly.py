@@ -1,4 +1,4 @@
-"""Writes the output and error files of a batch whose lines have all ended, from the books, a thousand lines at a time.
+"""Writes the output and error files of a batch whose lines have all ended, from the books, a few megabytes at a time.
 
 Everything it does can be done again: a crash between the files and the books leaves files that nobody names yet, and
 the next try writes them anew under the same names. Called by: ``server.loop``.
@@ -7,8 +7,10 @@ the next try writes them anew under the same names. Called by: ``server.loop``.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import sqlite3
+from functools import partial
 from typing import BinaryIO, Final
 
 import msgspec
@@ -20,6 +22,7 @@ from motorpool.store import books
 from motorpool.store.blobs import BlobWriter
 
 CHUNK_LINES: Final = 1_000
+CHUNK_BYTES: Final = 2 * 1024 * 1024  # of input, and of answers; a single line may be longer
 FILE_LIFE_S: Final = 30 * 24 * 3600  # as OpenAI's: output files are kept for 30 days
 UNFINISHED: Final = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
@@ -44,13 +47,14 @@ class OutputFile:
         self.blob = ""
         self.size = 0
 
-    def write(self, lines: bytes) -> None:
+    def write(self, lines: list[bytes]) -> None:
         """Append lines."""
         if self._writer is None:
             self._writer = self._cell.blobs.writer()
             self.file_id = f"file-{secrets.token_hex(12)}"
             self.blob = f"{self.name}.jsonl"
-        self._writer.write(lines)
+        for line in lines:
+            self._writer.write(line)
 
     async def commit(self) -> None:
         """Make the file durable under its name."""
@@ -68,8 +72,9 @@ async def assemble(cell: Cell, batch_no: int) -> None:
     if books.is_open(cell.reader, batch_no):
         await _write_files(cell, batch_no)
     # Answers now stand in the customer's file and nowhere else.
-    while await cell.write(lambda db: books.drop_line_data(db, batch_no, CHUNK_LINES)):
-        pass
+    first: int | None = 0
+    while first is not None:
+        first = await cell.write(partial(books.drop_line_data, batch_no=batch_no, first=first, max_bytes=CHUNK_BYTES))
 
 
 async def _write_files(cell: Cell, batch_no: int) -> None:
@@ -118,25 +123,29 @@ async def _write_files(cell: Cell, batch_no: int) -> None:
 async def _write_lines(
     cell: Cell, row: sqlite3.Row, final: str, stream: BinaryIO, *, output: OutputFile, errors: OutputFile
 ) -> None:
-    offsets, lengths = books.read_index(cell.reader, row["batch_no"])
+    index = books.read_index(cell.reader, row["batch_no"])
+    offsets, lengths = index.offsets, index.lengths
     stem = row["batch_id"].removeprefix("batch_").encode()
-    for first in range(0, len(lengths), CHUNK_LINES):
-        last = min(first + CHUNK_LINES, len(lengths))
+    ends = offsets + lengths
+    first = 0
+    while first < len(lengths):
         start = int(offsets[first])
-        stream.seek(start)
-        data = stream.read(int(offsets[last - 1]) + int(lengths[last - 1]) - start)
-        places = (offsets[first:last] - np.uint64(start)).astype(np.int64).tolist()
-        sizes = lengths[first:last].tolist()
-        rows = books.results_from(cell.reader, row["batch_no"], first, CHUNK_LINES)
-        finished = {line: (status, body) for line, status, body in rows if line < last}
+        within = int(np.searchsorted(ends[first : first + CHUNK_LINES], start + CHUNK_BYTES, side="right"))
+        rows, last = books.results_between(
+            cell.reader, row["batch_no"], first, first + max(1, within), max_bytes=CHUNK_BYTES
+        )
+        data = os.pread(stream.fileno(), int(ends[last - 1]) - start, start)
+        finished = {line: (status, body) for line, status, body in rows}
         lines: tuple[list[bytes], list[bytes]] = ([], [])  # of the output and of the error file
-        for number, (at, size) in enumerate(zip(places, sizes, strict=True), start=first):
-            custom_id = _encode(custom_id_of(data[at : at + size]))
+        for number in range(first, last):
+            at = int(offsets[number]) - start
+            custom_id = _encode(custom_id_of(data[at : at + int(lengths[number])]))
             line, is_error = output_line(stem, number, custom_id, finished.get(number), final)
             lines[is_error].append(line)
         for file, found in zip((output, errors), lines, strict=True):
             if found:
-                file.write(b"".join(found))
+                file.write(found)
+        first = last
         await asyncio.sleep(0)  # let others use the loop between two chunks
 
 

@@ -51,13 +51,17 @@ class LiveAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ValidBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch whose input file passed every check: line ``i`` is ``lengths[i]`` bytes from ``offsets[i]`` on."""
+    """A batch whose input file passed every check.
+
+    Line ``i`` is ``lengths[i]`` bytes from ``offsets[i]`` on; its answer has at most ``limits[i]`` tokens.
+    """
 
     batch_no: int
     kind: Kind
     model: str
     offsets: npt.NDArray[np.uint64]
     lengths: npt.NDArray[np.uint32]
+    limits: npt.NDArray[np.uint32]
 
 
 class Cell(Protocol):

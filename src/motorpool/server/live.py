@@ -197,6 +197,7 @@ class LiveDesk:
                 else:
                     failure = await self._go_on(call, message)
                     if failure is not None:
+                        self._pay_for_what_was_delivered(call)
                         yield failure
                         return
         except (GeneratorExit, asyncio.CancelledError):
@@ -229,6 +230,8 @@ class LiveDesk:
     def _answered(self, call: Call, message: wire.Answered) -> LiveAnswer:
         if message.status < 400:
             self._pay(call, message.usage)
+        else:
+            self._pay_for_what_was_delivered(call)
         self._over(call)
         return LiveAnswer(status=message.status, body=message.body)
 
@@ -319,7 +322,7 @@ class LiveDesk:
             call.vehicle_id = None
 
     def _pay_for_what_was_delivered(self, call: Call) -> None:
-        """The client left in the middle of a stream: it pays for the tokens that it got.
+        """A stream ended in the middle, by the client or by an error: paid are the tokens that were delivered.
 
         How long its prompt was is not known before the end, so that is free.
         """

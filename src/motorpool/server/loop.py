@@ -22,15 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Final, TypeVar
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from motorpool import wire
 from motorpool.bus import CellLink, WorkMessage
 from motorpool.catalogue import Catalogue
 from motorpool.core import events as ev
 from motorpool.core.pricing import Price
-from motorpool.core.scheduler import TICK_MS, Scheduler
+from motorpool.core.scheduler import SETTLE_MS, TICK_MS, Scheduler
 from motorpool.errors import ConflictError, MotorpoolError, StorageFullError, StoreError, TooLargeError, VehicleError
 from motorpool.server.assembly import assemble
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatch
@@ -50,6 +48,7 @@ GATHER_S: Final = 0.02  # pay for live requests is committed together this often
 STOP_GRACE_S: Final = 3.0
 REBUILD_WAIT_S: Final = 1.0
 MAX_REWRITE_WAIT_S: Final = 60.0
+UNWRITABLE: Final = "internal_error"  # the code of an error that no repetition mends
 _raw: Final = msgspec.json.Decoder(msgspec.Raw)
 _NOT_JSON: Final = VehicleError("the vehicle's answer was not JSON")
 _NOT_JSON_BODY: Final = msgspec.json.encode(_NOT_JSON.envelope())
@@ -90,13 +89,11 @@ class Entry:
 class InputFile:
     """The input file of a job in progress, and where its lines are."""
 
-    def __init__(
-        self, stream: BinaryIO, batch_id: str, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
-    ) -> None:
+    def __init__(self, stream: BinaryIO, batch_id: str, index: books.LineIndex) -> None:
         self.stream = stream
         self.batch_id = batch_id
-        self.offsets = offsets
-        self.lengths = lengths
+        self.offsets = index.offsets
+        self.lengths = index.lengths
 
     def lines(self, numbers: list[int]) -> list[bytes]:
         """The bytes of these lines, in order; runs of neighbours are read at once."""
@@ -138,6 +135,7 @@ class CellLoop:
         self._assembling: dict[int, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._changes = 0
+        self._settled_ms = 0  # set once, by the first state from the books
         self._singly = 0  # so many entries are tried one by one: one of them cannot be committed
 
     # -- what the API uses ---------------------------------------------------------------------------------------------
@@ -158,14 +156,17 @@ class CellLoop:
         row = self.reader.execute("SELECT * FROM batch WHERE batch_no = ?", (batch.batch_no,)).fetchone()
         self.blobs.open(self._input_blob(row)).close()  # fails now rather than later
 
+        index = books.LineIndex(offsets=batch.offsets, lengths=batch.lengths, limits=batch.limits)
+        price = self.price_of(batch.model)
+
         def keep_index(db: sqlite3.Connection) -> None:
             status = db.execute("SELECT status FROM batch WHERE batch_no = ?", (batch.batch_no,)).fetchone()[0]
             if status != "validating":
                 raise StartedError("the batch has left validating already")
-            books.write_index(db, batch.batch_no, batch.offsets, batch.lengths)
-            db.execute("UPDATE batch SET model = ? WHERE batch_no = ?", (batch.model, batch.batch_no))
+            books.write_index(db, batch.batch_no, index)
+            books.write_model(db, batch.batch_no, batch.model, price)
 
-        started = self._started(row, batch.kind, batch.model, batch.lengths)
+        started = _started(row, batch.model, price, index)
         while True:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._post(Entry(change=keep_index, event=started, done=done))
@@ -173,7 +174,9 @@ class CellLoop:
                 return await done
             except StartedError:
                 return None  # a try before this one was committed after all
-            except StorageFullError as error:
+            except (StorageFullError, StoreError) as error:
+                if error.code == UNWRITABLE:
+                    raise
                 log.warning("%s waits in validating: %s", row["batch_id"], error.message)
                 await asyncio.sleep(REBUILD_WAIT_S)
 
@@ -297,7 +300,9 @@ class CellLoop:
                 commands.append(ev.DropLease(lease_id=lease.lease_id))
         now = self.now_ms()
         db.execute("BEGIN IMMEDIATE")
-        acts = self._apply([*commands, *self.scheduler.resume(now)], Entry(), db, now)
+        self._settled_ms = self._settled_ms or now + SETTLE_MS
+        resumed = self.scheduler.resume(now, settled_ms=self._settled_ms)
+        acts = self._apply([*commands, *resumed], Entry(), db, now)
         db.execute("COMMIT")
         for number in finished:
             self._assemble(number)
@@ -305,28 +310,14 @@ class CellLoop:
 
     def _restore_job(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
         number = row["batch_no"]
-        _, lengths = books.read_index(db, number)
-        kind = Kind(row["endpoint"].removeprefix("/v1/"))
         carried, checkpoint_bytes = books.carried(db, number)
         self.scheduler.restore_job(
-            self._started(row, kind, row["model"], lengths),
+            _started(row, row["model"], books.price_of(row), books.read_index(db, number)),
             done=books.done_lines(db, number),
             carried=carried,
             checkpoint_bytes=checkpoint_bytes,
+            held=books.held(db, number),
             cancelling_ms=row["cancelling_ms"],
-        )
-
-    def _started(self, row: sqlite3.Row, kind: Kind, model: str, lengths: npt.NDArray[np.uint32]) -> ev.JobStarted:
-        return ev.JobStarted(
-            cause_id=row["batch_id"],
-            job_no=row["batch_no"],
-            job_id=row["batch_id"],
-            account=row["account"],
-            kind=kind,
-            model=model,
-            price=self.price_of(model),
-            expires_ms=row["expires_ms"],
-            lengths=lengths,
         )
 
     def _input_blob(self, row: sqlite3.Row) -> str:
@@ -346,9 +337,9 @@ class CellLoop:
         file = self._files.get(batch_no)
         if file is None:
             row = self.reader.execute("SELECT * FROM batch WHERE batch_no = ?", (batch_no,)).fetchone()
-            offsets, lengths = books.read_index(self.reader, batch_no)
+            index = books.read_index(self.reader, batch_no)
             stream = self.blobs.open(self._input_blob(row))
-            file = self._files[batch_no] = InputFile(stream, row["batch_id"], offsets, lengths)
+            file = self._files[batch_no] = InputFile(stream, row["batch_id"], index)
         return file
 
     def price_of(self, model: str) -> Price:
@@ -388,7 +379,11 @@ class CellLoop:
 
     async def _on_work(self, messages: list[WorkMessage]) -> None:
         for message in messages:
-            entry = self._work_entry(message)
+            try:
+                entry = self._work_entry(message)
+            except Exception as error:  # noqa: BLE001 - no message can stop the cell
+                _log_foreign(f"work of {message.vehicle_id} cannot be understood and is dropped", error)
+                entry = None
             if entry is None:
                 await message.acknowledge()  # nobody could ever use it
             else:
@@ -541,7 +536,7 @@ class CellLoop:
         cause = entry.event.cause_id if entry.event is not None else "the API"
         _log_foreign(f"{what} by {cause} cannot be committed and is dropped", error)
         if entry.done is not None and not entry.done.done():
-            entry.done.set_exception(StoreError("this could not be written down", code="internal_error"))
+            entry.done.set_exception(StoreError("this could not be written down", code=UNWRITABLE))
         if entry.message is not None:
             await entry.message.acknowledge()
 
@@ -593,6 +588,8 @@ class CellLoop:
                     self._save_results(db, command, entry)
                 case ev.SaveLease():
                     books.save_lease(db, command)
+                case ev.SaveHeld():
+                    books.save_held(db, command)
                 case ev.DropLease():
                     books.drop_lease(db, command.lease_id)
                 case ev.SaveJobCounts():
@@ -715,6 +712,21 @@ class CellLoop:
             file.stream.close()
 
 
+def _started(row: sqlite3.Row, model: str, price: Price, index: books.LineIndex) -> ev.JobStarted:
+    return ev.JobStarted(
+        cause_id=row["batch_id"],
+        job_no=row["batch_no"],
+        job_id=row["batch_id"],
+        account=row["account"],
+        kind=Kind(row["endpoint"].removeprefix("/v1/")),
+        model=model,
+        price=price,
+        expires_ms=row["expires_ms"],
+        lengths=index.lengths,
+        limits=index.limits,
+    )
+
+
 def _log_foreign(what: str, error: Exception) -> None:
     # The text of a foreign error may hold a customer's data; its type and place do not.
     log.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
@@ -726,9 +738,10 @@ def _is_outage(error: Exception) -> bool:
 
 
 def _is_one_line_of_json(body: bytes) -> bool:
-    """Whether an answer can stand in an output file, where every line is one JSON object."""
+    """Whether an answer can stand in an output file, where every line is one JSON object in UTF-8."""
     try:
-        _raw.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        _raw.decode(body)  # which does not look into strings
+        body.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return b"\n" not in body

@@ -6,7 +6,7 @@ Every function works inside the caller's transaction. Called by: ``server.loop``
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -14,14 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.core import events as ev
-from motorpool.core.ledger import Transfer
-from motorpool.core.pricing import Shares
+from motorpool.core.ledger import Transfer, vehicle_of
+from motorpool.core.pricing import Price, Shares
 
 LINE_BITS: Final = 32
 MAX_STORY_ENTRIES: Final = 2_000  # of one vehicle or job; the oldest go first
 _shares = msgspec.json.Decoder(list[tuple[str, int]])
 _base = msgspec.json.Decoder(dict[str, int])
 _OPEN: Final = "('validating', 'in_progress', 'finalizing', 'cancelling')"
+
+
+MAX_DROPPED: Final = 1_000  # lines in one transaction
 
 
 def line_key(batch_no: int, line: int) -> int:
@@ -60,6 +63,23 @@ def read_checkpoints(db: sqlite3.Connection, batch_no: int, lines: list[int]) ->
         row = db.execute("SELECT data FROM checkpoint WHERE line_key = ?", (line_key(batch_no, line),)).fetchone()
         if row is not None:
             found[line] = row[0]
+    return found
+
+
+def save_held(db: sqlite3.Connection, held: ev.SaveHeld) -> None:
+    """Lines were taken from a vehicle."""
+    rows = [(line_key(held.job_no, line), held.vehicle_id) for line in held.lines]
+    db.executemany("INSERT OR IGNORE INTO held VALUES (?, ?)", rows)
+
+
+def held(db: sqlite3.Connection, batch_no: int) -> dict[int, tuple[str, ...]]:
+    """Which vehicles lines of a batch were taken from."""
+    low, high = _range(batch_no)
+    found: dict[int, tuple[str, ...]] = {}
+    for key, vehicle_id in db.execute(
+        "SELECT line_key, vehicle_id FROM held WHERE line_key >= ? AND line_key < ?", (low, high)
+    ):
+        found[key - low] = (*found.get(key - low, ()), vehicle_id)
     return found
 
 
@@ -160,6 +180,11 @@ def post_transfers(db: sqlite3.Connection, transfers: list[Transfer], now_ms: in
         "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, ?, ?)",
         [(t.transfer_id, t.kind, t.debit, t.credit, t.amount_micro, t.reference, now_ms) for t in transfers],
     )
+    # The sum is kept beside the transfers, which only ever grow.
+    db.executemany(
+        "UPDATE vehicle SET earned_micro = earned_micro + ? WHERE vehicle_id = ?",
+        [(t.amount_micro, vehicle_of(t.credit)) for t in transfers if t.kind == "earning"],
+    )
 
 
 def balance_micro(db: sqlite3.Connection, account: str) -> int:
@@ -224,11 +249,7 @@ def revoke_vehicle(db: sqlite3.Connection, vehicle_id: str, now_ms: int) -> bool
 
 def list_vehicles(db: sqlite3.Connection) -> list[sqlite3.Row]:
     """All enrolled vehicles, with their totals and what their owners have earned."""
-    return db.execute(
-        "SELECT vehicle.*, coalesce(earned, 0) AS earned_micro FROM vehicle LEFT JOIN"
-        " (SELECT credit, sum(amount_micro) AS earned FROM transfer GROUP BY credit)"
-        " ON credit = 'owner:' || vehicle_id WHERE revoked_ms IS NULL ORDER BY vehicle_id"
-    ).fetchall()
+    return db.execute("SELECT * FROM vehicle WHERE revoked_ms IS NULL ORDER BY vehicle_id").fetchall()
 
 
 # -- reading a batch back ----------------------------------------------------------------------------------------------
@@ -244,23 +265,55 @@ def recent_batches(db: sqlite3.Connection, limit: int) -> list[sqlite3.Row]:
     return db.execute("SELECT * FROM batch ORDER BY batch_no DESC LIMIT ?", (limit,)).fetchall()
 
 
-def read_index(db: sqlite3.Connection, batch_no: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint32]]:
-    """Offsets and lengths of a batch's lines in its input file."""
-    row = db.execute("SELECT offsets, lengths FROM line_index WHERE batch_no = ?", (batch_no,)).fetchone()
-    if row is None:
-        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint32)
-    return np.frombuffer(row[0], dtype="<u8").astype(np.uint64), np.frombuffer(row[1], dtype="<u4").astype(np.uint32)
+class LineIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the lines of a batch are in its input file, how long they are, and how long their answers may be (tokens).
+
+    Shape of each: (lines,).
+    """
+
+    offsets: npt.NDArray[np.uint64]
+    lengths: npt.NDArray[np.uint32]
+    limits: npt.NDArray[np.uint32]
 
 
-def write_index(
-    db: sqlite3.Connection, batch_no: int, offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint32]
-) -> None:
+def read_index(db: sqlite3.Connection, batch_no: int) -> LineIndex:
+    """The index of a batch; empty if it has none (any more)."""
+    row = db.execute("SELECT offsets, lengths, limits FROM line_index WHERE batch_no = ?", (batch_no,)).fetchone()
+    offsets, lengths, limits = (b"", b"", b"") if row is None else row
+    return LineIndex(
+        offsets=np.frombuffer(offsets, dtype="<u8").astype(np.uint64),
+        lengths=np.frombuffer(lengths, dtype="<u4").astype(np.uint32),
+        limits=np.frombuffer(limits, dtype="<u4").astype(np.uint32),
+    )
+
+
+def write_index(db: sqlite3.Connection, batch_no: int, index: LineIndex) -> None:
     """Keep where the lines of a batch are, and how many there are."""
     db.execute(
-        "INSERT OR REPLACE INTO line_index VALUES (?, ?, ?)",
-        (batch_no, offsets.astype("<u8").tobytes(), lengths.astype("<u4").tobytes()),
+        "INSERT OR REPLACE INTO line_index VALUES (?, ?, ?, ?)",
+        (
+            batch_no,
+            index.offsets.astype("<u8").tobytes(),
+            index.lengths.astype("<u4").tobytes(),
+            index.limits.astype("<u4").tobytes(),
+        ),
     )
-    db.execute("UPDATE batch SET total = ? WHERE batch_no = ?", (len(lengths), batch_no))
+    db.execute("UPDATE batch SET total = ? WHERE batch_no = ?", (len(index.lengths), batch_no))
+
+
+def write_model(db: sqlite3.Connection, batch_no: int, model: str, price: Price) -> None:
+    """What a batch runs on, and what that costs, whatever the catalogue says later."""
+    db.execute(
+        "UPDATE batch SET model = ?, input_micro = ?, output_micro = ?, owner_share_bp = ? WHERE batch_no = ?",
+        (model, price.input_micro, price.output_micro, price.owner_share_bp, batch_no),
+    )
+
+
+def price_of(batch: sqlite3.Row) -> Price:
+    """What a batch in progress costs."""
+    return Price(
+        input_micro=batch["input_micro"], output_micro=batch["output_micro"], owner_share_bp=batch["owner_share_bp"]
+    )
 
 
 def _range(batch_no: int) -> tuple[int, int]:
@@ -301,15 +354,29 @@ def leases(db: sqlite3.Connection) -> list[ev.SaveLease]:
     ]
 
 
-def results_from(db: sqlite3.Connection, batch_no: int, line: int, limit: int) -> Iterator[tuple[int, int, bytes]]:
-    """(line, status, body) of finished lines from ``line`` on, in order, at most ``limit``."""
-    low, high = _range(batch_no)
-    rows = db.execute(
-        "SELECT line_key, status, body FROM result WHERE line_key >= ? AND line_key < ? ORDER BY line_key LIMIT ?",
-        (low + line, high, limit),
+def results_between(
+    db: sqlite3.Connection, batch_no: int, first: int, last: int, max_bytes: int
+) -> tuple[list[tuple[int, int, bytes]], int]:
+    """(line, status, body) of finished lines from ``first`` on, and the line before which they are complete.
+
+    That line is ``last``, or less if the bodies came to ``max_bytes`` before.
+    """
+    low, _ = _range(batch_no)
+    cursor = db.execute(
+        "SELECT line_key, status, body FROM result WHERE line_key >= ? AND line_key < ? ORDER BY line_key",
+        (low + first, low + last),
     )
-    for row in rows:
-        yield row[0] - low, row[1], row[2]
+    found: list[tuple[int, int, bytes]] = []
+    size = 0
+    try:
+        for key, status, body in cursor:
+            found.append((key - low, status, body))
+            size += len(body)
+            if size >= max_bytes:
+                return found, key - low + 1
+    finally:
+        cursor.close()
+    return found, last
 
 
 def leftover_batches(db: sqlite3.Connection) -> list[int]:
@@ -320,20 +387,34 @@ def leftover_batches(db: sqlite3.Connection) -> list[int]:
     return [row[0] for row in rows]
 
 
-def drop_line_data(db: sqlite3.Connection, batch_no: int, limit: int) -> bool:
-    """The files of a batch are written: forget up to ``limit`` of its answers; whether more are left.
+def drop_line_data(db: sqlite3.Connection, batch_no: int, first: int, max_bytes: int) -> int | None:
+    """The files of a batch are written: forget answers from line ``first`` on, about ``max_bytes`` of them.
 
-    The rows stay as proof of what was paid; the customer deletes the answers by deleting the file. Checkpoints and the
-    index of the lines go too, the index last: where it is there, the rest may be as well.
+    Returns where to go on, None at the end. The rows stay as proof of what was paid; the customer deletes the answers
+    by deleting the file. Checkpoints and the index of the lines go too, the index last: where it is there, the rest may
+    be as well.
     """
     low, high = _range(batch_no)
     cursor = db.execute(
-        "UPDATE result SET body = x'' WHERE line_key IN (SELECT line_key FROM result"
-        " WHERE line_key >= ? AND line_key < ? AND body <> x'' LIMIT ?)",
-        (low, high, limit),
+        "SELECT line_key, length(body) FROM result WHERE line_key >= ? AND line_key < ? ORDER BY line_key",
+        (low + first, high),
     )
-    if cursor.rowcount >= limit:
-        return True
-    db.execute("DELETE FROM checkpoint WHERE line_key >= ? AND line_key < ?", (low, high))
-    db.execute("DELETE FROM line_index WHERE batch_no = ?", (batch_no,))
-    return False
+    size = 0
+    more: int | None = None
+    try:
+        for count, (key, length) in enumerate(cursor, start=1):
+            size += length
+            if size >= max_bytes or count >= MAX_DROPPED:
+                more = key - low + 1
+                break
+    finally:
+        cursor.close()
+    db.execute(
+        "UPDATE result SET body = x'' WHERE line_key >= ? AND line_key < ? AND length(body) > 0",
+        (low + first, high if more is None else low + more),
+    )
+    if more is None:
+        db.execute("DELETE FROM checkpoint WHERE line_key >= ? AND line_key < ?", (low, high))
+        db.execute("DELETE FROM held WHERE line_key >= ? AND line_key < ?", (low, high))
+        db.execute("DELETE FROM line_index WHERE batch_no = ?", (batch_no,))
+    return more

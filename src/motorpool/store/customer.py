@@ -69,6 +69,9 @@ class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
     created_ms: int
     expires_ms: int
     model: str | None = None
+    input_micro: int | None = None
+    output_micro: int | None = None
+    owner_share_bp: int | None = None
     metadata: str | None = None
     output_expires_s: int | None = None
     errors: str | None = None

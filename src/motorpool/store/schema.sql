@@ -33,6 +33,9 @@ CREATE TABLE batch (
   completion_window TEXT NOT NULL,
   status TEXT NOT NULL,
   model TEXT,
+  input_micro INTEGER,                  -- the price when it began: millionths for a million tokens
+  output_micro INTEGER,
+  owner_share_bp INTEGER,               -- the owners' part, in hundredths of a percent
   metadata TEXT,                        -- JSON object or NULL
   output_expires_s INTEGER,
   errors TEXT,                          -- JSON array of {code, message, param, line} or NULL
@@ -59,11 +62,13 @@ CREATE TABLE batch (
 CREATE INDEX batch_by_account ON batch (account, created_ms, batch_id);
 CREATE INDEX batch_open ON batch (status) WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling');
 
--- Where each line of a valid input file begins and how long it is: little-endian uint64 and uint32 arrays.
+-- Where each line of a valid input file begins, how long it is, and how many tokens its answer may have at most:
+-- little-endian uint64, uint32 and uint32 arrays.
 CREATE TABLE line_index (
   batch_no INTEGER PRIMARY KEY REFERENCES batch,
   offsets BLOB NOT NULL,
-  lengths BLOB NOT NULL
+  lengths BLOB NOT NULL,
+  limits BLOB NOT NULL
 ) STRICT;
 
 -- One row for a finished line, ever: the primary key is what makes a result count once.
@@ -97,6 +102,13 @@ CREATE TABLE lease (
   carried TEXT NOT NULL                 -- JSON: {line: [[vehicle_id, tokens], ...]} for lines granted with a checkpoint
 ) STRICT;
 
+-- Vehicles that a line was taken from before it had ended: they may have finished it all the same.
+CREATE TABLE held (
+  line_key INTEGER NOT NULL,
+  vehicle_id TEXT NOT NULL,
+  PRIMARY KEY (line_key, vehicle_id)
+) STRICT, WITHOUT ROWID;
+
 -- Double entry: every row moves an amount from one account to another, so all accounts together are always zero.
 CREATE TABLE transfer (
   transfer_id TEXT PRIMARY KEY,
@@ -123,7 +135,8 @@ CREATE TABLE vehicle (
   tokens_generated INTEGER NOT NULL DEFAULT 0,
   tokens_handed_on INTEGER NOT NULL DEFAULT 0,
   tokens_taken_over INTEGER NOT NULL DEFAULT 0,
-  energy_mwh INTEGER NOT NULL DEFAULT 0
+  energy_mwh INTEGER NOT NULL DEFAULT 0,
+  earned_micro INTEGER NOT NULL DEFAULT 0 -- what its owner's account has received: the sum of the transfers to it
 ) STRICT;
 
 CREATE TABLE story (

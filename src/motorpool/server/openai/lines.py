@@ -17,6 +17,7 @@ from motorpool.server.openai.decoding import decode
 from motorpool.server.openai.requests import (
     ChatRequest,
     CompletionRequest,
+    Request,
     check_chat,
     check_completion,
 )
@@ -76,8 +77,8 @@ def custom_id_of(data: bytes | memoryview) -> str:
     return _ID.decode(data).custom_id
 
 
-def check_line(kind: Kind, data: bytes, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[str, str]:
-    """Check one line as the live endpoint would check its body; return its custom_id and model.
+def check_line(kind: Kind, data: bytes, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[str, Request]:
+    """Check one line as the live endpoint would check its body; return its custom_id and what it asks for.
 
     Raises CallerError; ``param`` names the field, ``body.temperature`` for instance.
     """
@@ -104,7 +105,7 @@ def check_line(kind: Kind, data: bytes, max_body_bytes: int = MAX_BODY_BYTES) ->
         )
     if len(data) > max_body_bytes and len(parse_line(data)[1]) > max_body_bytes:
         raise too_large(max_body_bytes)
-    return line.custom_id, line.body.model
+    return line.custom_id, line.body
 
 
 def too_large(max_body_bytes: int) -> TooLargeError:

@@ -148,6 +148,11 @@ class ChatRequest(Shared, frozen=True, kw_only=True):
         return self.n or 1
 
     @property
+    def limit_tokens(self) -> int | None:
+        """How long each choice may become, None if not said."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
     def may_call_tools(self) -> bool:
         """Whether the answer may hold tool calls, which cannot be told from text before the end."""
         return bool(self.tools or self.functions) and self.tool_choice != "none" and self.function_call != "none"
@@ -161,6 +166,11 @@ class CompletionRequest(Shared, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     suffix: str | None = None
+
+    @property
+    def limit_tokens(self) -> int | None:
+        """How long each choice may become, None if not said."""
+        return self.max_tokens
 
     @property
     def prompts(self) -> list[str | list[int]]:

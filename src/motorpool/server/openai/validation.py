@@ -23,6 +23,7 @@ from motorpool.catalogue import Catalogue
 from motorpool.errors import CallerError, MotorpoolError, NotFoundError
 from motorpool.server.cell import Cell, ValidBatch
 from motorpool.server.openai.lines import LINE_OVERHEAD_BYTES, check_line, too_large
+from motorpool.server.openai.requests import Request
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.store import customer
 from motorpool.store.blobs import BlobStore
@@ -34,6 +35,8 @@ LINES_A_TURN: Final = 500
 MAX_BLANK_LINES: Final = 1000
 _BOM: Final = b"\xef\xbb\xbf"
 _log = logging.getLogger(__name__)
+FAIL_WAIT_S: Final = 1.0
+MAX_FAIL_WAIT_S: Final = 60.0
 
 
 class LineError(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +61,8 @@ class Inspection:
         self.model: str | None = None
         self.offsets = array("Q")
         self.lengths = array("I")
+        self.limits = array("I")
+        self._context_tokens = 0
         self._kind = kind
         self._catalogue = catalogue
         self._settings = settings
@@ -84,13 +89,18 @@ class Inspection:
         try:
             if len(data) > self.longest:
                 raise too_large(self._settings.max_body_bytes)
-            custom_id, model = check_line(self._kind, data, self._settings.max_body_bytes)
-            self._check_model(model)
+            custom_id, request = check_line(self._kind, data, self._settings.max_body_bytes)
+            self._check_model(request.model)
             self._check_unique(custom_id)
+            self.limits.append(self._limit(request))
         except CallerError as error:
             self._note(error.code, error.message, error.param, self._number)
         self.offsets.append(offset)
         self.lengths.append(len(data))
+
+    def _limit(self, request: Request) -> int:
+        """How many tokens the answer may have over all choices: no vehicle is paid for more."""
+        return min(request.limit_tokens or self._context_tokens, self._context_tokens) * request.choices
 
     def oversized(self, length: int) -> None:
         """The next line is ``length`` bytes long, too many to be looked at."""
@@ -134,7 +144,7 @@ class Inspection:
             )
         self.model = model
         try:
-            self._catalogue.get(model)
+            self._context_tokens = self._catalogue.get(model).context_tokens
         except NotFoundError as error:
             raise CallerError(error.message, code=error.code, param="body.model") from None
 
@@ -242,9 +252,7 @@ class Validation:
             errors = [LineError(code="internal_error", message=message, param=None, line=None)]
         try:
             if errors:
-                await self._fail(batch, errors)
-        except Exception as error:  # noqa: BLE001 - the books cannot be written: it is tried again at the next start
-            _log_failure(batch, "writing down the end of validation", error)
+                await self._fail_surely(batch, errors)
         finally:
             self._checks.pop(batch.batch_no, None)
 
@@ -265,9 +273,23 @@ class Validation:
                 model=inspection.model,
                 offsets=np.array(inspection.offsets, dtype=np.uint64),
                 lengths=np.array(inspection.lengths, dtype=np.uint32),
+                limits=np.array(inspection.limits, dtype=np.uint32),
             )
         )
         return []
+
+    async def _fail_surely(self, batch: BatchRow, errors: list[LineError]) -> None:
+        """Write the end down, for as long as it takes: no batch stays in ``validating`` for ever."""
+        wait_s = FAIL_WAIT_S
+        while True:
+            try:
+                await self._fail(batch, errors)
+            except Exception as error:  # noqa: BLE001 - the books cannot be written now
+                _log_failure(batch, "writing down the end of validation", error)
+            else:
+                return
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, MAX_FAIL_WAIT_S)
 
     async def _fail(self, batch: BatchRow, errors: list[LineError]) -> None:
         text = msgspec.json.encode(errors).decode()

@@ -1,0 +1,121 @@
+"""What the accepted part of one message of results changes: the books of the job, its vehicles and the money.
+
+Decides: how many tokens of a claim are paid, and to whom. Must not: decide what is accepted; ``core.scheduler`` does,
+which alone calls this room.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from motorpool.core import events as ev
+from motorpool.core.jobs import Job
+from motorpool.core.ledger import settle
+from motorpool.core.pricing import cost_micro, extend, split, trim
+
+MAX_TEMPLATE_TOKENS: Final = 1_024  # what a chat template may add to a prompt; a token of the rest is a byte at least
+
+
+class Accepted:
+    """Gathers what the accepted part of one message of results changes."""
+
+    def __init__(self, vehicle_id: str) -> None:
+        self.vehicle_id = vehicle_id
+        self.picks: list[int] = []
+        self.costs: list[int] = []
+        self.carried: list[int] = []
+        self.with_checkpoint: list[int] = []
+        self.completed = self.failed = self.prompt = self.cached = self.completion = 0
+        self.answered = 0  # also in the negative, as long as it is the customer's fault
+        self.overclaimed = 0
+        self.owners: dict[str, int] = {}
+        self.others: dict[str, int] = {}
+
+    def _within(self, job: Job, event: ev.ResultsArrived, place: int) -> tuple[int, int]:
+        """Prompt and completion tokens as claimed, but no more than the line can have had: nobody pays for more."""
+        line = event.lines[place]
+        claimed = event.prompt_tokens[place], event.completion_tokens[place]
+        prompt = min(claimed[0], int(job.lengths[line]) + MAX_TEMPLATE_TOKENS)
+        completion = min(claimed[1], int(job.limits[line]))
+        self.overclaimed += (prompt, completion) != claimed
+        return prompt, completion
+
+    def add(self, job: Job, event: ev.ResultsArrived, place: int) -> None:
+        """This line of the message counts."""
+        line = event.lines[place]
+        self.picks.append(place)
+        if line in job.carried:
+            self.with_checkpoint.append(line)
+        self.answered += event.statuses[place] < 500
+        if event.statuses[place] >= 400:
+            self.failed += 1
+            self.costs.append(0)
+            self.carried.append(0)
+            return
+        prompt, completion = self._within(job, event, place)
+        cost = cost_micro(job.price, prompt, completion)
+        self.completed += 1
+        self.costs.append(cost)
+        self.prompt += prompt
+        self.cached += min(event.cached_tokens[place], prompt)
+        self.completion += completion
+        carried = min(event.carried_tokens[place], completion)
+        shares = trim(job.carried.get(line, []), carried) if carried else []
+        carried = sum(count for _, count in shares)  # only what somebody is known to have generated
+        self.carried.append(carried)
+        if not shares:
+            pool = cost * job.price.owner_share_bp // 10_000
+            self.owners[self.vehicle_id] = self.owners.get(self.vehicle_id, 0) + pool
+            return
+        for vehicle_id, tokens in shares:
+            if vehicle_id != self.vehicle_id:
+                self.others[vehicle_id] = self.others.get(vehicle_id, 0) + tokens
+        whole = extend(shares, self.vehicle_id, completion - carried)
+        for vehicle_id, amount in split(job.price, cost, prompt, self.vehicle_id, whole).items():
+            self.owners[vehicle_id] = self.owners.get(vehicle_id, 0) + amount
+
+    def commands(self, job: Job, event: ev.ResultsArrived) -> list[ev.Command]:
+        """What all that counts changes in the books."""
+        if not self.picks:
+            return []
+        cost, carried, others = sum(self.costs), sum(self.carried), sum(self.others.values())
+        # Named after what can be accepted only once, never after what a vehicle calls its message.
+        cause = f"{job.job_id}/{event.lines[self.picks[0]]}"
+        commands: list[ev.Command] = [
+            ev.SaveResults(
+                job_no=job.job_no,
+                vehicle_id=self.vehicle_id,
+                picks=self.picks,
+                costs_micro=self.costs,
+                carried_tokens=self.carried,
+                with_checkpoint=self.with_checkpoint,
+            ),
+            ev.SaveJobCounts(
+                job_no=job.job_no,
+                completed=self.completed,
+                failed=self.failed,
+                prompt_tokens=self.prompt,
+                cached_tokens=self.cached,
+                completion_tokens=self.completion,
+                carried_tokens=carried,
+                cost_micro=cost,
+            ),
+            ev.SaveVehicleCounts(
+                vehicle_id=self.vehicle_id,
+                lines_done=len(self.picks),
+                tokens_generated=self.completion - others,
+                tokens_taken_over=others,
+                energy_mwh=event.energy_mwh,
+            ),
+        ]
+        commands += [
+            ev.SaveVehicleCounts(vehicle_id=other, tokens_generated=tokens, tokens_handed_on=tokens)
+            for other, tokens in sorted(self.others.items())
+        ]
+        if self.overclaimed:
+            what = f"claimed more tokens than {self.overclaimed} lines can have had: only those were paid"
+            commands.append(ev.Note(subject=self.vehicle_id, what=what))
+        transfers = settle(cause, job.account, cost, self.owners, job.job_id)
+        if transfers:
+            commands.append(ev.PostTransfers(transfers=transfers))
+        return commands
