@@ -162,6 +162,9 @@ class World:
         moved = dict(
             self.all("SELECT kind, sum(amount_micro) FROM transfer WHERE reference = ? GROUP BY kind", batch_id)
         )
+        for vehicle_id, earned in self.all("SELECT vehicle_id, earned_micro FROM vehicle"):
+            query = "SELECT coalesce(sum(amount_micro), 0) FROM transfer WHERE credit = ?"
+            assert earned == self.one(query, f"owner:{vehicle_id}")
         assert sum(costs) == cost == moved.get("usage", 0)
         assert moved.get("earning", 0) == sum(each * 7000 // 10_000 for each in costs)
 

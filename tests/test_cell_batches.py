@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
-from tests.cell_world import ENDED, World, a_world, chat, run
+import msgspec
+import pytest
+from tests import cell_world
+from tests.cell_world import ENDED, MODEL, World, a_world, chat, run
 
 from motorpool import wire
 from motorpool.bus import open_client
+from motorpool.catalogue import Catalogue, Model
+from motorpool.server import assembly
+from motorpool.store import books
 
 
 async def lines_in_stream(world: World) -> tuple[asyncio.Event, set[int]]:
@@ -176,3 +183,71 @@ def test_what_vehicles_finish_while_the_control_plane_is_down_is_taken_from_the_
             world.check_money(batch_id)
 
     run(test())
+
+
+def test_files_are_written_a_few_lines_at_a_time_and_hold_every_line_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "CHUNK_BYTES", 2_000)
+    read: list[int] = []
+    real = books.results_between
+
+    def results_between(
+        db: sqlite3.Connection, batch_no: int, first: int, last: int, max_bytes: int
+    ) -> tuple[list[tuple[int, int, bytes]], int]:
+        found = real(db, batch_no, first, last, max_bytes)
+        read.append(sum(len(body) for _, _, body in found[0]))
+        return found
+
+    monkeypatch.setattr(books, "results_between", results_between)
+
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            await world.agent("v1", slots=8)
+            bodies = [chat(f"line {number} " + "w " * (number % 7 * 100), 1 + number % 9 * 40) for number in range(60)]
+            bodies[11] = chat("word " * 3000, 5)
+            batch = await world.ended(await world.batch(bodies))
+            output, errors = await world.rows(batch["output_file_id"]), await world.rows(batch["error_file_id"])
+            assert set(output) | set(errors) == {f"n{number}" for number in range(60)}
+            assert set(errors) == {"n11"}
+            for number in range(60):
+                if number != 11:
+                    usage = output[f"n{number}"]["response"]["body"]["usage"]
+                    assert usage["completion_tokens"] == 1 + number % 9 * 40, "each answer stands at its own line"
+            await world.until(lambda: world.one("SELECT count(*) FROM result WHERE body <> x''") == 0)
+            assert world.one("SELECT count(*) FROM result") == 60, "the rows stay as proof of what was paid"
+
+    run(test())
+    longest = max(read)
+    assert len(read) > 10
+    assert longest < 2_000 + 4_000, "no more than the bound and one answer"
+
+
+def test_a_batch_keeps_its_price_and_runs_on_when_the_catalogue_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1", slots=1)
+            batch_id = await world.batch([chat("same", 5), chat("same", 5)])
+            grant = await hand.next(wire.Grant)
+            await hand.finish(grant, [0], "m0")
+            await world.until(lambda: world.completed(batch_id) == 1)
+            await world.kill_cell()
+            for models in ([dearer(world.cell.catalogue.get(MODEL))], []):
+                monkeypatch.setattr(cell_world, "CATALOGUE", Catalogue(models))
+                await world.start_cell()
+                if models:
+                    await world.kill_cell()
+            await hand.finish(grant, [1], "m1")
+            batch = await world.ended(batch_id)
+            assert batch["request_counts"]["completed"] == 2
+            costs = {row[0] for row in world.all("SELECT cost_micro FROM result")}
+            assert len(costs) == 1, "two equal lines of one batch cost the same"
+            world.check_money(batch_id)
+
+    run(test())
+
+
+def dearer(model: Model) -> Model:
+    return msgspec.structs.replace(model, input_micro=100 * model.input_micro, output_micro=100 * model.output_micro)

@@ -6,16 +6,18 @@ import asyncio
 import logging
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from tests.cell_world import MODEL, World, a_world, chat, run
 
-from motorpool import wire
+from motorpool import bus, wire
 from motorpool.errors import StorageFullError
 from motorpool.server import loop as cell_loop
 from motorpool.server.main import MonotonicClock, watch
-from motorpool.store import books
+from motorpool.server.openai import validation
+from motorpool.store import books, customer
 from motorpool.types import MAX_CHECKPOINT_BYTES, ReturnReason
 
 SECRET = "the-secret-of-a-customer"
@@ -373,5 +375,112 @@ def test_a_batch_is_as_private_in_stories_and_logs_as_it_should_be(
             assert SECRET not in told
             assert not any(text in told for text in answers)
             assert MODEL in told
+
+    run(test())
+
+
+@pytest.mark.parametrize("poison", [b"\xff", b"deep"])
+def test_bytes_that_are_no_message_are_dropped_and_stop_nothing(tmp_path: Path, poison: bytes) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1")
+            good = wire.encode(
+                wire.Results(incarnation="hand", message_id="bad", lease_id="none", job_id="none", items=[])
+            )
+            bad = good.replace(b"none", b"no\xff\xff")
+            if poison == b"deep":
+                bad = good[:1].replace(b"\x88", b"\x89").replace(good[:1], bytes([good[0] + 1])) + good[1:]
+                bad += b"\xa4deep" + b"\x91" * 200_000 + b"\xc0"
+            await hand.link.publish_work(bad, "poison")
+            hand.link.publish_state(bad)
+            hand.link.publish_live(bad)
+            batch_id = await world.batch([chat("a", 5)])
+            grant = await hand.next(wire.Grant)
+            await hand.finish(grant, [0], "m1")
+            assert (await world.ended(batch_id))["status"] == "completed"
+            world.cell.check()
+
+    run(test())
+
+
+def test_an_answer_that_is_not_utf8_never_reaches_a_file(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1")
+            batch_id = await world.batch([chat("a", 5)])
+            grant = await hand.next(wire.Grant)
+            await hand.finish(grant, [0], "m1", body=b'{"text":"caf\xe9"}')
+            await world.until(lambda: world.cell.scheduler.jobs[1].strikes == {0: ["v1"]})
+            await hand.finish(grant, [0], "m2")
+            batch = await world.ended(batch_id)
+            assert (await world.rows(batch["output_file_id"]))["n0"]["response"]["body"] == {"by": "hand"}
+
+    run(test())
+
+
+def test_work_that_is_delivered_again_while_it_waits_does_not_wait_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bus, "REDELIVER_AFTER_S", 0.2)
+
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1")
+            batch_id = await world.batch([chat(f"line {number}", 5) for number in range(4)])
+            grant = await hand.next(wire.Grant)
+            again = 0
+            real = bus.WorkMessage.again
+
+            def count(message: bus.WorkMessage, delivery: Any) -> None:
+                nonlocal again
+                again += 1
+                real(message, delivery)
+
+            monkeypatch.setattr(bus.WorkMessage, "again", count)
+            limit_pages(world, 0)
+            body = b'{"text":"%b"}' % (b"x" * 20_000)
+            for item in grant.items:
+                await hand.finish(grant, [item.line], f"m{item.line}", body=body)
+            await world.until(lambda: again >= 12)
+            link = world.cell._link
+            assert link is not None
+            waiting = sum(1 for entry in world.cell._inbox if entry.message is not None) + len(link._arrived)
+            assert waiting <= len(grant.items)
+            limit_pages(world, 10_000)
+            done = len(grant.items)
+            while done < 4:
+                grant = await hand.next(wire.Grant)
+                for item in grant.items:
+                    await hand.finish(grant, [item.line], f"n{item.line}", body=body)
+                    done += 1
+            assert (await world.ended(batch_id))["status"] == "completed"
+            assert not link._held
+
+    run(test())
+
+
+def test_a_check_that_ends_while_nothing_can_be_written_still_ends_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation, "FAIL_WAIT_S", 0.05)
+
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            real, broken = customer.fail_validation, [True, True]
+
+            def fail_validation(*given: Any) -> Any:
+                if broken:
+                    broken.pop()
+                    raise StorageFullError("full")
+                return real(*given)
+
+            monkeypatch.setattr(customer, "fail_validation", fail_validation)
+            file = (await world.upload(b"no json\n")).json()
+            asked = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+            batch = (await world.client.post("/v1/batches", json=asked)).json()
+            ended = await world.ended(batch["id"])
+            assert ended["status"] == "failed"
+            assert ended["errors"]["data"][0]["code"] == "invalid_json"
+            assert not broken
 
     run(test())

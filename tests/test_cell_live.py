@@ -15,7 +15,7 @@ from motorpool.agent.signals.owner_port import play_owner
 from motorpool.errors import CapacityError
 from motorpool.server import live
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens
-from motorpool.types import ReturnReason, Usage
+from motorpool.types import ReturnReason, Usage, VehicleState
 
 TOKENS = 60
 
@@ -326,5 +326,31 @@ def test_without_vehicles_the_error_comes_before_the_first_item(tmp_path: Path) 
                 await answer(world.cell, world.request("x", 9, stream=True))
             assert caught.value.code == "no_vehicle_available"
             assert not world.cell.desk._calls
+
+    run(test())
+
+
+def test_a_stream_that_breaks_for_good_is_paid_as_far_as_it_was_delivered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "PATIENCE_S", 0.0)
+
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            hand = await world.hand_played("v1")
+            request = world.request("x", 9, stream=True)
+            items = world.cell.live(request)
+            first = asyncio.create_task(next_item(items))
+            opened = await hand.next(wire.Open)
+            hand.say(tokens(opened, 0, "one"))
+            await first
+            hand.report(state=VehicleState.DENIED)
+            await world.until(lambda: not world.cell.scheduler.vehicles["v1"].present)
+            hand.say(wire.Broken(request_id=opened.request_id, attempt=opened.attempt, reason=ReturnReason.GUARD))
+            end = await next_item(items)
+            assert isinstance(end, LiveAnswer)
+            assert end.status == 503
+            await world.until(lambda: paid(world, request))
+            assert set(paid(world, request)) == {"platform", "owner:v1"}
 
     run(test())

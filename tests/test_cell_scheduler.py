@@ -100,11 +100,14 @@ def test_a_long_answer_that_outlives_its_leases_goes_on_as_long_as_it_grows() ->
         commands = scheduler.handle(returned(lease, [0], ReturnReason.EXPIRED, tokens=100 * turn), now)
         assert not of(commands, ev.SaveFailures)
         lease = grants(commands)[0]
-    for turn in range(sch.MAX_STRIKES):  # and one that does not grow any more ends
-        now += sch.MIN_LEASE_MS
+    lengths_ms = []
+    while not of(commands, ev.SaveFailures):  # and one that does not grow any more gets more time, and then ends
+        lengths_ms.append(lease.ttl_ms)
+        now += lease.ttl_ms
         commands = scheduler.handle(returned(lease, [0], ReturnReason.EXPIRED), now)
-        lease = grants(commands)[0] if turn < sch.MAX_STRIKES - 1 else lease
-    assert of(commands, ev.SaveFailures)
+        lease = grants(commands)[0] if grants(commands) else lease
+    assert lengths_ms[:3] == [sch.MIN_LEASE_MS, 2 * sch.MIN_LEASE_MS, 4 * sch.MIN_LEASE_MS]
+    assert lengths_ms.count(sch.MAX_LEASE_MS) == sch.MAX_STRIKES
 
 
 def test_a_grant_counts_its_checkpoints_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -334,6 +335,7 @@ class World(RuleBasedStateMachine):
         self.charged = 0
         self.leases: dict[str, ev.SaveLease] = {}
         self.old: list[ev.SaveLease] = []
+        self.granted: dict[int, set[str]] = {}
         self.held: dict[int, tuple[str, ...]] = {}
         self.ended = False
         self.message = 0
@@ -343,6 +345,8 @@ class World(RuleBasedStateMachine):
         for command in commands:
             if isinstance(command, ev.SaveLease):
                 self.leases[command.lease_id] = command
+                for line in command.lines:
+                    self.granted.setdefault(line, set()).add(command.vehicle_id)
             elif isinstance(command, ev.DropLease):
                 self.old.append(self.leases.pop(command.lease_id))
             elif isinstance(command, ev.SaveHeld):
@@ -352,16 +356,14 @@ class World(RuleBasedStateMachine):
                 assert event is not None
                 for place in command.picks:
                     line = event.lines[place]
+                    assert command.vehicle_id in self.granted[line], "only who was given a line can finish it"
                     self.accepted[line] = self.accepted.get(line, 0) + 1
             elif isinstance(command, ev.SaveFailures):
                 for line in command.lines:
                     self.accepted[line] = self.accepted.get(line, 0) + 1
             elif isinstance(command, ev.PostTransfers):
-                for transfer in command.transfers:
-                    if transfer.kind == "usage":
-                        self.charged += transfer.amount_micro
-                    else:
-                        self.paid += transfer.amount_micro
+                self.charged += sum(t.amount_micro for t in command.transfers if t.kind == "usage")
+                self.paid += sum(t.amount_micro for t in command.transfers if t.kind != "usage")
             elif isinstance(command, ev.AssembleFiles):
                 assert not self.ended
                 self.ended = True
@@ -412,6 +414,27 @@ class World(RuleBasedStateMachine):
                 lines=lease.lines, tokens=[tokens] * len(lease.lines), sizes=[50] * len(lease.lines),
             )  # fmt: skip
             self.take(self.scheduler.handle(event, self.now), None)
+
+    @rule(number=st.integers(0, 99), liar=st.sampled_from("abcz"), kind=st.sampled_from(["finish", "back", "grow"]),
+          job=st.sampled_from(["batch_1", "none"]), lines=st.lists(st.integers(0, 13), max_size=4))  # fmt: skip
+    def lie(self, number: int, liar: str, kind: str, job: str, lines: list[int]) -> None:
+        """Any vehicle says anything of any line, under any lease."""
+        lease = self.pick(number, old=True)
+        if lease is None:
+            return
+        self.message += 1
+        n = len(lines)
+        event: ev.ResultsArrived | ev.WorkReturned | ev.ProgressMade
+        if kind == "finish":
+            event = results(liar, lease.lease_id, lines, job=job, message_id=f"lie{self.message}")
+        elif kind == "back":
+            event = msgspec.structs.replace(returned(liar, lease.lease_id, lines, tokens=[7] * n), job_id=job)
+        else:
+            event = ev.ProgressMade(
+                cause_id="c", vehicle_id=liar, lease_id=lease.lease_id, job_id=job,
+                lines=lines, tokens=[8] * n, sizes=[9] * n,
+            )  # fmt: skip
+        self.take(self.scheduler.handle(event, self.now), event if isinstance(event, ev.ResultsArrived) else None)
 
     @rule(ms=st.sampled_from([1, 1000, 5000, 30_000, 400_000]))
     def time_passes(self, ms: int) -> None:

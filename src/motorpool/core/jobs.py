@@ -103,6 +103,7 @@ class Job:
         self.done = 0
         self.leased = 0
         self.strikes: dict[int, list[str]] = {}  # the vehicles that failed over a line, in order
+        self.overruns: dict[int, int] = {}  # how often a lease was over before a line showed one more token
         self.held: dict[int, tuple[str, ...]] = {}  # the vehicles that a line was taken from; they may still finish it
         self.carried: dict[int, Shares] = {}
         self.checkpoint_bytes: dict[int, int] = {}
@@ -185,6 +186,7 @@ class Job:
         self.carried.pop(line, None)
         self.checkpoint_bytes.pop(line, None)
         self.strikes.pop(line, None)
+        self.overruns.pop(line, None)
         self.held.pop(line, None)
 
     def measure(self, now_ms: int) -> None:

@@ -408,9 +408,8 @@ class Scheduler:
     def _lease_out(self, job: Job, vehicle: Vehicle, lines: list[int], now_ms: int) -> Commands:
         job.grants += 1
         expected = len(lines) * 4000 / vehicle.lines_per_s if vehicle.lines_per_s else 0
-        # A line that was not finished in the time of a lease gets twice as much with each try.
-        tries = max((len(job.strikes[line]) for line in lines if line in job.strikes), default=0)
-        ttl_ms = int(min(max(MIN_LEASE_MS << tries, expected), MAX_LEASE_MS))
+        overruns = max((job.overruns[line] for line in lines if line in job.overruns), default=0)
+        ttl_ms = int(min(max(MIN_LEASE_MS << overruns, expected), MAX_LEASE_MS))
         base = {line: sum(n for _, n in job.carried[line]) for line in lines if line in job.carried}
         saved = ev.SaveLease(
             lease_id=f"{job.job_id}-{self.epoch:x}-{job.grants}",
@@ -514,14 +513,17 @@ class Scheduler:
 
     @staticmethod
     def _blamed(lease: Lease, event: ev.WorkReturned) -> list[int]:
-        """Lines that may be at fault: the engine died over them, or the lease ran out without one more token."""
+        """Lines that may be at fault: the engine died over them, or the longest lease ran out without a new token."""
         columns = zip(event.lines, event.tokens, event.started, strict=True)
         started = {line: tokens for line, tokens, ran in columns if ran and line in lease.lines}
         if event.reason is ReturnReason.ENGINE_DIED:
             return list(started)
-        if event.reason is ReturnReason.EXPIRED:
-            return [line for line, tokens in started.items() if tokens <= lease.base.get(line, 0)]
-        return []
+        if event.reason is not ReturnReason.EXPIRED:
+            return []
+        stuck = [line for line, tokens in started.items() if tokens <= lease.base.get(line, 0)]
+        for line in stuck:  # some answers show nothing before their end: they get more time, and blame only then
+            lease.job.overruns[line] = lease.job.overruns.get(line, 0) + 1
+        return stuck if lease.expires_ms - lease.granted_ms >= MAX_LEASE_MS else []
 
     def _give_up(self, job: Job, lines: list[int]) -> Commands:
         if not lines:

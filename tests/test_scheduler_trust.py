@@ -1,0 +1,192 @@
+"""The scheduler and vehicles that lie, fail or hoard: what they say of lines that were never theirs changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from tests.test_scheduler import LIMIT_TOKENS, grants, of, report, results, returned, started
+
+from motorpool.core import events as ev
+from motorpool.core import scheduler as sch
+from motorpool.core.accepted import MAX_TEMPLATE_TOKENS
+from motorpool.core.fleet import BACKOFF_MS
+from motorpool.core.scheduler import Scheduler
+from motorpool.types import ReturnReason, VehicleState
+
+
+def tick(scheduler: Scheduler, now_ms: int) -> list[ev.Command]:
+    return scheduler.handle(ev.Ticked(cause_id="t"), now_ms)
+
+
+def progress(vehicle: str, lease: str, line: int, tokens: int) -> ev.ProgressMade:
+    return ev.ProgressMade(
+        cause_id="c", vehicle_id=vehicle, lease_id=lease, job_id="batch_1", lines=[line], tokens=[tokens], sizes=[10]
+    )
+
+
+def two_vehicles(lines: int = 8) -> tuple[Scheduler, ev.SendGrant]:
+    """``good`` holds the first lines, ``evil`` is enrolled and denied."""
+    scheduler = Scheduler()
+    scheduler.handle(started(lines), 0)
+    lease = grants(scheduler.handle(report("good", 1), 0))[0]
+    scheduler.handle(report("evil", 1, state=VehicleState.DENIED), 0)
+    return scheduler, lease
+
+
+@pytest.mark.parametrize("tokens", [5, LIMIT_TOKENS])
+def test_who_never_held_a_line_cannot_finish_return_or_continue_it(tokens: int) -> None:
+    scheduler, lease = two_vehicles()
+    for line in range(8):
+        assert scheduler.handle(results("evil", lease.lease_id, [line]), 10) == []
+        assert scheduler.handle(progress("evil", lease.lease_id, line, tokens), 10) == []
+        assert scheduler.handle(returned("evil", lease.lease_id, [line], tokens=[tokens]), 10) == []
+        scheduler.validate()
+    assert of(scheduler.handle(progress("good", lease.lease_id, 0, 1), 20), ev.SaveCheckpoints)
+
+
+@pytest.mark.parametrize("job", ["batch_2", "nonsense"])
+@pytest.mark.parametrize("vehicle", ["good", "evil"])
+def test_a_message_that_names_a_lease_of_another_job_changes_nothing(job: str, vehicle: str) -> None:
+    scheduler, lease = two_vehicles()
+    scheduler.handle(started(8, job_no=2), 0)
+    wrong = msgspec.structs.replace(returned(vehicle, lease.lease_id, lease.lines), job_id=job)
+    commands = scheduler.handle(wrong, 10)
+    assert not of(commands, ev.DropLease) + of(commands, ev.SaveHeld)
+    assert lease.lease_id in scheduler.leases
+    assert not of(scheduler.handle(results(vehicle, lease.lease_id, [7], job=job), 20), ev.SaveResults)
+    scheduler.validate()
+
+
+def test_who_held_a_line_once_may_still_finish_it_also_after_a_restart() -> None:
+    scheduler, lease = two_vehicles(2)
+    back = scheduler.handle(returned("good", lease.lease_id, lease.lines), 10)
+    assert of(back, ev.SaveHeld) == [ev.SaveHeld(job_no=1, vehicle_id="good", lines=[0, 1])]
+    assert of(scheduler.handle(results("good", lease.lease_id, [0]), 20), ev.SaveResults)
+    scheduler = Scheduler(1)
+    scheduler.restore_job(
+        started(2),
+        done=np.array([0], dtype=np.int64),
+        carried={},
+        checkpoint_bytes={},
+        held={0: ("good",), 1: ("good",)},
+        cancelling_ms=None,
+    )
+    scheduler.resume(30, settled_ms=30)
+    assert not of(scheduler.handle(results("evil", lease.lease_id, [1]), 40), ev.SaveResults)
+    assert of(scheduler.handle(results("good", lease.lease_id, [1]), 50), ev.SaveResults)
+
+
+def test_nobody_pays_for_more_tokens_than_a_line_can_have() -> None:
+    scheduler, lease = two_vehicles()
+    claimed = results("good", lease.lease_id, [0], prompt_tokens=[1 << 24], completion_tokens=[1 << 24])
+    commands = scheduler.handle(claimed, 10)
+    counts = of(commands, ev.SaveJobCounts)[0]
+    assert (counts.prompt_tokens, counts.completion_tokens) == (100 + MAX_TEMPLATE_TOKENS, LIMIT_TOKENS)
+    assert any("claimed more tokens" in note.what for note in of(commands, ev.Note))
+    assert scheduler.handle(progress("good", lease.lease_id, 1, LIMIT_TOKENS + 1), 20) == []
+
+
+@pytest.mark.parametrize("how", ["500", "died"])
+def test_a_vehicle_at_which_everything_fails_fails_no_batch_beside_a_healthy_one(how: str) -> None:
+    scheduler = Scheduler()
+    scheduler.handle(started(200), 0)
+    pending = {"bad": grants(scheduler.handle(report("bad", 1), 0)), "good": []}
+    pending["good"] = grants(scheduler.handle(report("good", 1), 0))
+    failures: list[Any] = []
+    seq = now = 1
+    for _ in range(2_000):
+        if not scheduler.jobs:
+            break
+        now += 250
+        for vehicle in ("bad", "good"):
+            leases, pending[vehicle] = pending[vehicle], []
+            commands = []
+            for lease in leases:
+                seq += 1
+                event: ev.SchedulerEvent = results("good", lease.lease_id, lease.lines, message_id=str(seq))
+                if vehicle == "bad" and how == "500":
+                    event = results("bad", lease.lease_id, lease.lines, statuses=[500] * len(lease.lines))
+                elif vehicle == "bad":
+                    event = returned("bad", lease.lease_id, lease.lines, reason=ReturnReason.ENGINE_DIED)
+                commands += scheduler.handle(event, now)
+            seq += 1
+            commands += scheduler.handle(report(vehicle, seq), now) + tick(scheduler, now)
+            failures += of(commands, ev.SaveFailures)
+            for grant in grants(commands):
+                pending[grant.vehicle_id].append(grant)
+        scheduler.validate()
+    assert not scheduler.jobs
+    assert not failures
+
+
+def test_a_vehicle_with_too_much_to_do_is_no_fault_of_the_line() -> None:
+    scheduler, lease = two_vehicles(1)
+    now = 0
+    for _ in range(2 * sch.MAX_STRIKES_IN_ALL):
+        now += 1_000
+        commands = scheduler.handle(results("good", lease.lease_id, [0], statuses=[503]), now)
+        assert not of(commands, ev.SaveFailures) + of(commands, ev.SaveResults)
+        now += sch.MIN_LEASE_MS
+        lease = grants(scheduler.handle(report("good", now), now))[0]
+    assert of(scheduler.handle(results("good", lease.lease_id, [0]), now), ev.SaveResults)
+
+
+def test_lines_do_not_stick_to_a_vehicle_that_never_takes_them() -> None:
+    scheduler = Scheduler()
+    scheduler.handle(started(1), 0)
+    scheduler.handle(report("deaf", 1), 0)
+    given: list[str] = []
+    for step in range(1, 60):
+        now = step * 1_000
+        commands = scheduler.handle(report("deaf", 1 + step), now)
+        commands += scheduler.handle(report("good", step), now) + tick(scheduler, now)
+        given += [grant.vehicle_id for grant in grants(commands)]
+        if "good" in given:
+            break
+    assert given == ["deaf"] * (sch.MAX_SENDS - 1) + ["good"], "sent again a few times, and then to another one"
+
+
+def test_speed_is_measured_over_time_and_not_between_two_messages() -> None:
+    scheduler, lease = two_vehicles(1_000)
+    scheduler.handle(results("good", lease.lease_id, [0]), 10_000)
+    assert scheduler.vehicles["good"].lines_per_s == pytest.approx(0.1)
+    scheduler.handle(results("good", lease.lease_id, [1], message_id="m2"), 10_000)
+    assert scheduler.vehicles["good"].lines_per_s == pytest.approx(0.1)
+
+
+def test_a_vehicle_gets_no_more_than_its_part_however_many_slots_it_claims() -> None:
+    scheduler = Scheduler()
+    for number in range(9):
+        scheduler.handle(report(f"good{number}", 1, slots=4), 0)
+    scheduler.handle(report("evil", 1, slots=4096), 0)
+    first = grants(scheduler.handle(started(10_000), 10))
+    held = {vehicle_id: vehicle.outstanding() for vehicle_id, vehicle in scheduler.vehicles.items()}
+    assert held["evil"] <= 1_000
+    assert all(held[f"good{number}"] == 8 for number in range(9))
+    assert first
+
+
+def test_a_grant_of_a_cancelled_job_that_got_lost_is_not_sent_again() -> None:
+    scheduler, lease = two_vehicles(8)
+    scheduler.handle(ev.CancelAsked(cause_id="c", job_no=1), 10)
+    commands = scheduler.handle(report("good", 2), sch.RESEND_AFTER_MS)
+    assert not grants(commands)
+    assert ev.DropLease(lease_id=lease.lease_id) in commands
+    assert ev.AssembleFiles(job_no=1) in commands
+
+
+def test_a_failing_vehicle_waits_longer_each_time_until_something_succeeds() -> None:
+    scheduler = Scheduler()
+    scheduler.handle(report("v", 1), 0)
+    vehicle = scheduler.vehicles["v"]
+    waits = []
+    for _ in range(12):
+        vehicle.failed(0)
+        waits.append(vehicle.blocked_until_ms)
+    assert waits[:4] == [BACKOFF_MS, 2 * BACKOFF_MS, 4 * BACKOFF_MS, 8 * BACKOFF_MS]
+    assert waits[-1] == waits[-2] <= 300_000
+    vehicle.succeeded(1, 0)
+    assert vehicle.failures == 0
