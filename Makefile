@@ -1,7 +1,6 @@
 # Every target makes what it needs first. Python 3.11 or newer, make and access to PyPI are enough.
 SHELL := /bin/sh
 BIN := .venv/bin
-export MOTORPOOL_MODELS ?= $(CURDIR)/.cache/models
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo test crash check lock bench clean
 
@@ -33,7 +32,7 @@ lock: ## Renew the locked versions
 	@$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --custom-compile-command "make lock" --upgrade -q -o requirements/dev.lock
 
 clean: ## Remove what make made
-	@rm -rf .venv .cache demo-output bench/.envs bench/.work
+	@rm -rf .venv demo-output bench/.envs bench/.work
 
 .PHONY: bench-batch bench-gateway bench-growth bench-lock
 bench: bench-batch bench-gateway bench-growth ## Measure against peers (makes their environments first, 1.3 GB)

@@ -31,7 +31,7 @@ from bench.gateways import free_port
 from motorpool.agent.runtime.engine import Work
 from motorpool.agent.runtime.null_answer import Quick
 from motorpool.agent.runtime.spec import Backend, EngineSpec
-from motorpool.bus import find_server
+from motorpool.bus import die_with_parent, find_server
 from motorpool.types import Kind
 
 VEHICLES = 2
@@ -113,7 +113,10 @@ async def gateway(port: int, nats_port: int) -> None:
 @contextlib.contextmanager
 def children(commands: list[list[str]]) -> Iterator[None]:
     """Run processes beside this one, and end them with it."""
-    started = [subprocess.Popen(command) for command in commands]
+    started = [
+        subprocess.Popen(command, preexec_fn=die_with_parent)  # noqa: PLW1509  # there are no threads yet
+        for command in commands
+    ]
     try:
         yield
     finally:

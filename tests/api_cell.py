@@ -29,6 +29,7 @@ from motorpool.core.pricing import Price
 from motorpool.errors import CapacityError, ConflictError, VehicleError
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatch
 from motorpool.server.openai.app import Api, build_app
+from motorpool.server.openai.heads import BoundedProtocol
 from motorpool.server.openai.keys import create_key
 from motorpool.server.openai.lines import parse_line
 from motorpool.server.openai.settings import ApiSettings
@@ -173,6 +174,9 @@ class LocalCell:
 
         await self.write(change)
         self._runs[batch.batch_no] = asyncio.create_task(self._run(batch))
+
+    def serving(self, model: str) -> int:
+        return int(self.capacity and model == MODEL)
 
     async def cancel_batch(self, batch_no: int) -> None:
         def change(connection: sqlite3.Connection) -> None:
@@ -340,7 +344,7 @@ def make_server(app: Api) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedProtocol,
             lifespan="off",
             ws="none",
             access_log=False,

@@ -16,7 +16,6 @@ if str(ROOT) not in sys.path:
 @pytest.fixture(scope="session")
 def model_file() -> Path:
     """The real model, checked against the catalogue. ``make test`` fetches it; a missing one is a failure."""
-    from motorpool.catalogue import Catalogue, verify  # noqa: PLC0415  # only these tests need it
+    from motorpool.catalogue import Catalogue, models_dir, verify  # noqa: PLC0415  # only these tests need it
 
-    folder = Path(os.environ.get("MOTORPOOL_MODELS", ROOT / ".cache" / "models"))
-    return verify(Catalogue.builtin().get("smollm2-135m-instruct"), folder)
+    return verify(Catalogue.builtin().get("smollm2-135m-instruct"), models_dir(os.environ))

@@ -17,7 +17,7 @@ from motorpool.errors import CallerError, StorageFullError
 from motorpool.server.openai.batches import window_s
 from motorpool.server.openai.lines import check_line, parse_line
 from motorpool.server.openai.settings import ApiSettings
-from motorpool.server.openai.validation import Inspection, inspect
+from motorpool.server.openai.validation import Inspection, Validation, inspect
 from motorpool.store import customer
 from motorpool.store.blobs import BlobStore
 from motorpool.types import Kind
@@ -172,6 +172,8 @@ def test_a_file_with_the_most_lines_is_taken(client: openai.OpenAI) -> None:
         (with_body("x", messages=[]), "invalid_value", "body.messages"),
         (with_body("x", temperature=9), "invalid_value", "body.temperature"),
         (with_body("x", top_logprobs=2), "invalid_value", "body.top_logprobs"),
+        (with_body("x", logit_bias={"1": "zebra"}), "invalid_type", "body.logit_bias"),
+        (with_body("x", functions=[{"name": "f"}]), "unsupported_parameter", "body.functions"),
         (with_body("x", stream=True), "invalid_value", "body.stream"),
         (with_body("x", model="acme/tiny-7"), "mismatched_model", "body.model"),
         (with_body("x", user="u" * 2_000), "body_too_large", "body"),
@@ -199,9 +201,19 @@ def test_an_unknown_model_is_told_once(client: openai.OpenAI) -> None:
     assert errors_of(client, data) == [("model_not_found", "body.model", 1)]
 
 
-def test_a_completion_is_checked_like_a_live_one(client: openai.OpenAI) -> None:
-    data = lines(line(url="/v1/completions", body={"model": MODEL, "suffix": "x"}))
-    assert errors_of(client, data, endpoint="/v1/completions") == [("unsupported_parameter", "body.suffix", 1)]
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"suffix": "x"}, "unsupported_parameter", "body.suffix"),
+        ({"echo": True, "logprobs": 2}, "unsupported_parameter", "body.logprobs"),
+        ({"prompt": [2**40]}, "invalid_value", "body.prompt"),
+    ],
+)
+def test_a_completion_is_checked_like_a_live_one(
+    client: openai.OpenAI, fields: dict[str, Any], code: str, param: str
+) -> None:
+    data = lines(line(url="/v1/completions", body={"model": MODEL, "prompt": "x"} | fields))
+    assert errors_of(client, data, endpoint="/v1/completions") == [(code, param, 1)]
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"\n\r\n  \n"])
@@ -262,7 +274,7 @@ def test_a_bad_batch_is_refused_by_name(client: openai.OpenAI, fields: dict[str,
 def test_a_missing_or_wrong_input_file_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.batches.create(input_file_id="file-none", endpoint=CHAT, completion_window="24h")
-    assert missing.value.code == "file_not_found"
+    assert (missing.value.code, missing.value.param) == ("file_not_found", "input_file_id")
     file = client.files.create(file=("x", b"{}"), purpose="evals")
     with pytest.raises(openai.BadRequestError) as wrong:
         client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
@@ -374,6 +386,55 @@ async def _take_turn(server: Running) -> None:
 
 async def _give_turn(server: Running) -> None:
     server.api.validation.turn.release()
+
+
+def test_a_batch_is_cancelled_before_its_check_has_begun(tmp_path: Path) -> None:
+    async def cancel_at_once(server: Running, batch_id: str) -> tuple[bool, int]:
+        row = customer.customers_batch(server.cell.reader, "acme", batch_id)
+        validation = Validation(server.cell, SMALL)
+        validation.begin(row)
+        cancelled = await validation.cancel(row.batch_no)  # the check had no turn of the loop yet
+        return cancelled, validation.under_way
+
+    with serve(tmp_path) as server, server.client() as client:
+        server.call(_take_turn(server))
+        made = create(client, lines(line()))
+        assert server.call(cancel_at_once(server, made.id)) == (True, 0)
+        assert client.batches.retrieve(made.id).status == "cancelled"
+
+
+def test_a_batch_is_cancelled_while_the_cell_waits_for_room_to_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = asyncio.Event()
+
+    async def start_batch(cell: LocalCell, _: Any) -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(LocalCell, "start_batch", start_batch)
+    with serve(tmp_path) as server, server.client() as client:
+        made = create(client, lines(line()))
+        server.call(waiting.wait())
+        server.cell.write_error = StorageFullError("the disk is full")
+        with pytest.raises(openai.InternalServerError) as full:
+            client.batches.cancel(made.id)
+        assert full.value.code == "storage_full"
+        server.cell.write_error = None
+        assert client.batches.cancel(made.id).status == "cancelled"
+
+
+def test_a_batch_that_could_not_be_cancelled_goes_on(tmp_path: Path) -> None:
+    with serve(tmp_path) as server, server.client() as client:
+        server.call(_take_turn(server))
+        made = create(client, lines(line()))
+        server.cell.write_error = StorageFullError("the disk is full")
+        with pytest.raises(openai.InternalServerError) as full:
+            client.batches.cancel(made.id)
+        assert full.value.code == "storage_full"
+        server.cell.write_error = None
+        server.call(_give_turn(server))
+        assert settled(client, made).status == "completed"
 
 
 def test_a_restart_goes_on_with_what_was_validating(tmp_path: Path) -> None:

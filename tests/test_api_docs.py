@@ -10,7 +10,8 @@ import pytest
 from tests.api_cell import LocalCell
 
 from motorpool import errors, types
-from motorpool.server.openai import app, batches, exchange, files, requests, settings, uploads, validation
+from motorpool.agent.runtime import request as engine_request
+from motorpool.server.openai import app, batches, exchange, files, heads, requests, settings, uploads, validation
 from motorpool.server.openai.decoding import CHOICES
 from motorpool.server.openai.lines import check_line
 from motorpool.server.openai.settings import ApiSettings
@@ -27,6 +28,8 @@ SOURCES = [
     ROOT / "src/motorpool/server/loop.py",
     ROOT / "src/motorpool/agent/runtime/answer.py",
     ROOT / "src/motorpool/agent/runtime/instance.py",
+    ROOT / "src/motorpool/agent/runtime/llama_grammar.py",
+    ROOT / "src/motorpool/agent/runtime/llama_run.py",
     ROOT / "src/motorpool/agent/runtime/request.py",
 ]
 # Raised in these files, but never shown to a customer of the API.
@@ -61,7 +64,7 @@ def _defaults_of(path: Path) -> set[str]:
     """The codes of errors that a source file raises without naming one."""
     kinds = {
         name: kind
-        for module in (errors, exchange)
+        for module in (errors, exchange, heads)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, errors.MotorpoolError)
     }
@@ -105,7 +108,7 @@ def test_every_error_code_is_documented_and_every_documented_code_exists() -> No
 
 def test_documented_statuses_are_the_raised_ones() -> None:
     documented = _documented()
-    for module in (errors, exchange):
+    for module in (errors, exchange, heads):
         for kind in vars(module).values():
             if isinstance(kind, type) and issubclass(kind, errors.MotorpoolError) and kind.default_code in documented:
                 assert documented[kind.default_code] == kind.status, kind.default_code
@@ -145,7 +148,10 @@ def test_every_limit_is_documented() -> None:
         ApiSettings().max_batch_errors,
         uploads.MAX_FIELDS,
         uploads.MAX_FIELD_BYTES,
+        uploads.MAX_FORM_OVERHEAD_BYTES,
         exchange.MAX_QUERY_FIELDS,
+        heads.MAX_HEAD_BYTES,
+        heads.MAX_HEADERS,
     ):
         assert re.search(rf"\| {number}( bytes)? \|", limits), number
     assert f"{types.MAX_CUSTOM_ID_CHARS} characters, unique" in PAGE
@@ -160,6 +166,11 @@ def test_every_limit_is_documented() -> None:
     assert f"`top_logprobs` 0 to {requests.MAX_TOP_LOGPROBS}" in PAGE
     assert f"at most {requests.MAX_TOOLS} tools" in PAGE
     assert f"at most {requests.MAX_METADATA_PAIRS} pairs" in PAGE
+    assert f"from 0 to {requests.MAX_TOKEN_ID}" in PAGE
+    assert requests.MAX_TOKEN_ID == engine_request.MAX_TOKEN_ID
+    assert requests.COMPLETION_TOKENS == engine_request.COMPLETION_TOKENS
+    assert f"{requests.COMPLETION_TOKENS} if it is left out" in PAGE
+    assert f"after another {heads.MAX_UNREAD_BYTES} bytes" in PAGE
     assert all(f"`{purpose}`" in PAGE for purpose in files.PURPOSES)
 
 

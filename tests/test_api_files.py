@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,7 +185,17 @@ def test_a_hostile_file_name_touches_nothing(server: Running, client: openai.Ope
                 ],
                 (400, "invalid_value", "expires_after.seconds"),
             )
-            for seconds in ("3599", "2592001", "-1", "1e4", "", "9" * 50)
+            for seconds in (
+                "3599",
+                "2592001",
+                "-1",
+                "1e4",
+                "",
+                "9" * 50,
+                "0000000007200",
+                "000000007200" + "0" * 40,
+                "٣٦٠٠",
+            )
         ],
     ],
 )
@@ -202,7 +214,49 @@ def test_a_length_that_is_too_long_is_refused_unread(server: Running) -> None:
             f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
             "Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: 99999999999\r\n\r\n".encode()
         )
-        assert b" 413 " in connection.recv(100)
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(65536)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b" 413 " in head
+    error = json.loads(body)["error"]
+    assert (error["code"], error["param"]) == ("file_too_large", "file")
+    assert "limit of 3000000 bytes" in error["message"]
+
+
+def test_what_follows_the_form_counts_too(server: Running) -> None:
+    body, kind = _form(("purpose", "batch", None), ("file", b"abc", "x"))
+    with socket.create_connection(server.listener.getsockname(), timeout=20) as connection:
+        connection.sendall(
+            f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+            f"Content-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        )
+        answer = b""
+        for piece in (body, *[b"\r\n" * 5_000] * 10_000):
+            connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if select.select([connection], [], [], 0)[0]:
+                while not answer.endswith(b"}}"):
+                    answer += connection.recv(65536)
+                break
+    assert b" 413 " in answer
+    assert b'"file_too_large"' in answer
+    assert _stored(server) == []
+
+
+def test_a_form_may_be_followed_by_a_little(server: Running) -> None:
+    body, kind = _form(("purpose", "batch", None), ("file", b"x" * 100_000, "x"))
+    assert _send(server, body + b"\r\n" * 1000, kind).status_code == 200
+
+
+def test_a_length_of_many_digits_is_read(server: Running) -> None:
+    body, kind = _form(("purpose", "evals", None), ("file", b"abc", "x"))
+    with socket.create_connection(server.listener.getsockname(), timeout=20) as connection:
+        connection.sendall(
+            f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {'0' * 5000}{len(body)}\r\n\r\n".encode()
+            + body
+        )
+        assert b" 200 " in connection.recv(100)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +331,16 @@ def test_an_empty_list_has_its_keys(server: Running) -> None:
 
 @pytest.mark.parametrize(
     ("query", "param"),
-    [("limit=0", "limit"), ("limit=10001", "limit"), ("limit=x", "limit"), ("order=up", "order"), ("after=a", "after")],
+    [
+        ("limit=0", "limit"),
+        ("limit=10001", "limit"),
+        ("limit=x", "limit"),
+        ("limit=00000000010000000", "limit"),
+        (f"limit={'0' * 5000}1", "limit"),
+        ("limit=%D9%A3", "limit"),
+        ("order=up", "order"),
+        ("after=a", "after"),
+    ],
 )
 def test_bad_queries_are_refused_by_name(server: Running, query: str, param: str) -> None:
     head = {"authorization": f"Bearer {server.key}"}

@@ -36,7 +36,8 @@ GOOD_CHAT: list[dict[str, Any]] = [
     {"response_format": _schema(strict=True, description="d")},
     {"tools": [TOOL], "tool_choice": "required"},
     {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
-    {"functions": [{"name": "f"}], "function_call": "auto", "user": "u", "store": True, "service_tier": "flex"},
+    {"tool_choice": "none", "functions": None, "function_call": None},
+    {"user": "u", "store": True, "service_tier": "flex"},
     {"metadata": {"k" * 64: "v" * 512}},
     {"modalities": ["text"], "prediction": {"type": "content"}, "something_new": [1, {"a": None}]},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
@@ -92,7 +93,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
     ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
     ({"logit_bias": {SECRET: 1}}, "invalid_type", "logit_bias"),
-    ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias[...]"),
+    ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"5": SECRET}}, "invalid_type", "logit_bias"),
     ({"stream": "yes"}, "invalid_type", "stream"),
     ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "invalid_type", "stream_options.include_usage"),
@@ -107,10 +109,19 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [TOOL] * 129}, "invalid_value", "tools"),
     ({"tool_choice": SECRET}, "invalid_value", "tool_choice"),
     ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "invalid_value", "tool_choice"),
+    ({"tools": [], "tool_choice": {"type": "function"}}, "invalid_value", "tool_choice"),
+    ({"functions": [{"name": SECRET}]}, "unsupported_parameter", "functions"),
+    ({"tools": [TOOL], "function_call": {"name": SECRET}}, "unsupported_parameter", "function_call"),
+    (
+        {"messages": [{"role": "assistant", "content": None, "function_call": {"name": SECRET}}]},
+        "unsupported_parameter",
+        "messages[0].function_call",
+    ),
     ({"metadata": {str(n): "" for n in range(17)}}, "invalid_value", "metadata"),
     ({"metadata": {"k" * 65: ""}}, "invalid_value", "metadata"),
-    ({"metadata": {"k": "v" * 513}}, "invalid_value", "metadata[...]"),
-    ({"metadata": {"k": 5}}, "invalid_type", "metadata[...]"),
+    ({"metadata": {"k": "v" * 513}}, "invalid_value", "metadata"),
+    ({"metadata": {"k": 5}}, "invalid_type", "metadata"),
     ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
     ({"reasoning_effort": SECRET}, "invalid_value", "reasoning_effort"),
     ({"verbosity": SECRET}, "invalid_value", "verbosity"),
@@ -184,7 +195,9 @@ def test_deep_nesting_is_an_error_and_no_crash() -> None:
         ({"prompt": ["a", "b"], "n": 2}, ["a", "b"], 4),
         ({"prompt": [1, 2, 3]}, [[1, 2, 3]], 1),
         ({"prompt": [[1], [2, 3]]}, [[1], [2, 3]], 2),
-        ({"prompt": "a", "best_of": 2, "n": 2, "echo": True, "logprobs": 5, "suffix": ""}, ["a"], 2),
+        ({"prompt": [[0], [2**31 - 1]]}, [[0], [2**31 - 1]], 2),
+        ({"prompt": "a", "best_of": 2, "n": 2, "echo": True, "suffix": ""}, ["a"], 2),
+        ({"prompt": "a", "echo": False, "logprobs": 5}, ["a"], 1),
     ],
 )
 def test_prompts_come_in_every_shape(fields: dict[str, Any], prompts: list[Any], choices: int) -> None:
@@ -192,6 +205,12 @@ def test_prompts_come_in_every_shape(fields: dict[str, Any], prompts: list[Any],
     assert isinstance(request, CompletionRequest)
     assert request.prompts == prompts
     assert request.choices == choices
+
+
+def test_a_completion_has_a_length_also_if_it_names_none() -> None:
+    assert read_completion(b'{"model":"m"}').limit_tokens == 16
+    assert read_completion(b'{"model":"m","max_tokens":900}').limit_tokens == 900
+    assert read_chat(json.dumps(CHAT).encode()).limit_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -204,7 +223,13 @@ def test_prompts_come_in_every_shape(fields: dict[str, Any], prompts: list[Any],
         ({"suffix": SECRET}, "unsupported_parameter", "suffix"),
         ({"best_of": 3}, "unsupported_parameter", "best_of"),
         ({"logprobs": 21}, "invalid_value", "logprobs"),
+        ({"prompt": [-1]}, "invalid_value", "prompt"),
+        ({"prompt": [2**31]}, "invalid_value", "prompt"),
+        ({"prompt": [2**40]}, "invalid_value", "prompt"),
+        ({"prompt": [2**70]}, "invalid_value", "prompt"),
+        ({"prompt": [[1], [2, -1]]}, "invalid_value", "prompt"),
         ({"prompt": [1, 2], "echo": True, "stream": True}, "unsupported_parameter", "echo"),
+        ({"prompt": "a", "echo": True, "logprobs": 0}, "unsupported_parameter", "logprobs"),
         ({"stream_options": {}}, "invalid_value", "stream_options"),
     ],
 )

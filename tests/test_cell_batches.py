@@ -185,6 +185,19 @@ def test_what_vehicles_finish_while_the_control_plane_is_down_is_taken_from_the_
     run(test())
 
 
+def test_a_batch_says_how_many_vehicles_could_run_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            batch_id = await world.batch([chat("a", 3)])
+            await world.until(lambda: world.status(batch_id) == "in_progress")
+            shown = (await world.client.get(f"/v1/batches/{batch_id}")).json()
+            assert shown["motorpool"]["vehicles"] == 0
+            await world.agent("v1")
+            assert (await world.ended(batch_id))["motorpool"]["vehicles"] == 1
+
+    run(test())
+
+
 def test_files_are_written_a_few_lines_at_a_time_and_hold_every_line_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

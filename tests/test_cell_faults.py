@@ -15,7 +15,7 @@ from tests.cell_world import MODEL, World, a_world, chat, run
 from motorpool import bus, wire
 from motorpool.errors import StorageFullError
 from motorpool.server import loop as cell_loop
-from motorpool.server.main import MonotonicClock, watch
+from motorpool.server.main import MonotonicClock, connect_patiently, watch
 from motorpool.server.openai import validation
 from motorpool.store import books, customer
 from motorpool.types import MAX_CHECKPOINT_BYTES, ReturnReason
@@ -482,5 +482,22 @@ def test_a_check_that_ends_while_nothing_can_be_written_still_ends_its_batch(
             assert ended["status"] == "failed"
             assert ended["errors"]["data"][0]["code"] == "invalid_json"
             assert not broken
+
+    run(test())
+
+
+def test_a_cell_that_waits_for_its_message_server_can_be_stopped_at_once() -> None:
+    async def test() -> None:
+        stop, tried = asyncio.Event(), asyncio.Event()
+
+        async def connect() -> bus.CellLink:
+            tried.set()
+            await asyncio.Event().wait()
+            raise AssertionError("never")
+
+        waiting = asyncio.create_task(connect_patiently(connect, stop))
+        await tried.wait()
+        stop.set()
+        assert await waiting is None
 
     run(test())

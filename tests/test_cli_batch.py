@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -18,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from motorpool.cli import batchrun, documents, main
-from motorpool.errors import SetupError
+from motorpool.errors import CallerError, SetupError
 
 
 class BatchServer:
@@ -258,6 +259,100 @@ def test_exit_codes_tell_what_is_wrong(
     assert run_batch(server, folder, tmp_path / "out.jsonl") == code
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"])
+def test_only_a_line_feed_ends_a_line_in_documents_and_in_results(
+    server: BatchServer, tmp_path: Path, separator: str
+) -> None:
+    text = f"one{separator}two"
+    table = tmp_path / f"a{separator}b.jsonl"
+    rows_in = [{"id": "x", "text": text}, {"id": f"y{separator}z", "text": "second"}]
+    escape = separator < " "  # which JSON does not allow as they are
+    table.write_text("\n".join(json.dumps(row, ensure_ascii=escape) for row in rows_in) + "\r\n")
+    out = tmp_path / "out.jsonl"
+    raw = server.finish
+
+    def finish(batch: dict[str, Any]) -> None:
+        raw(batch)
+        name = batch["output_file_id"]
+        lines = [json.loads(line) for line in server.files[name].split(b"\n") if line]
+        server.files[name] = "".join(json.dumps(line, ensure_ascii=escape) + "\n" for line in lines).encode()
+
+    server.finish = finish  # type: ignore[method-assign]
+    assert run_batch(server, table, out) == 0
+    answers = [json.loads(line)["answer"] for line in out.read_bytes().split(b"\n") if line]
+    assert answers == [text.upper(), "SECOND"]
+
+
+def test_tables_as_spreadsheets_write_them(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes('\ufeffid,text\r\n7,"one\r\ntwo"\r\n'.encode() + b"8," + b"x" * 200_000 + b"\r\n")
+    found = documents.read_documents([table])
+    assert [(document.name, document.text[:8]) for document in found] == [
+        ("t.csv:7", "one\ntwo"),
+        ("t.csv:8", "xxxxxxxx"),
+    ]
+    table.write_text("text\n" + "x" * 5_000_000)
+    with pytest.raises(SetupError, match="is not CSV that can be read"):
+        documents.read_documents([table])
+
+
+def test_a_document_that_is_too_large_is_named() -> None:
+    huge = documents.Document(name="huge.txt", text="x" * 5_000_000)
+    task = documents.Task(model="m", prompt="p", max_tokens=5)
+    with pytest.raises(CallerError, match=r"the document huge\.txt makes a request of"):
+        documents.batch_lines([huge], task)
+
+
+def test_a_run_that_was_refused_does_not_stand_in_the_way_of_the_right_one(
+    server: BatchServer, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run_batch(server, folder, out, key="sk-wrong") == 1
+    (folder / "c.txt").write_text("third")
+    server.final = "failed"
+    server.spoil = lambda _lines: []
+    assert run_batch(server, folder, out) == 6
+    (folder / "c.txt").write_text("other")
+    server.final, server.spoil = "completed", lambda lines: lines
+    assert run_batch(server, folder, out) == 0
+    assert len(server.batches) == 2
+    assert [row["answer"] for row in rows(out)][-2:] == ["OTHER", "SECOND"]
+
+
+def test_a_server_that_does_not_answer_is_said_and_waited_for_only_so_long(
+    server: BatchServer, folder: Path, tmp_path: Path
+) -> None:
+    server.polls = 10**9
+    assert folder.is_dir()
+    with openai.OpenAI(base_url=server.url, api_key="sk-test", max_retries=0) as client:
+        batch, _ = batchrun.hand_in(client, b'{"custom_id":"a"}\n', tmp_path / "o", window="24h", documents=1)
+    heard: list[str] = []
+    now_s = iter(range(0, 10_000, 7))
+    with (
+        openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key="k", max_retries=0) as nobody,
+        pytest.raises(openai.APIConnectionError),
+    ):
+        batchrun.follow(
+            nobody, batch, lambda _: None, on_outage=lambda: heard.append("out"), clock_s=lambda: float(next(now_s))
+        )
+    assert heard == ["out"]
+    assert next(now_s) < batchrun.OUTAGE_S + 20
+
+
+def test_a_batch_that_no_vehicle_may_run_says_so(
+    server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nobody() -> None:
+        server.batches["batch_0"] |= {"motorpool": {"vehicles": 0}, "model": "m"}
+
+    server.polls, server.on_poll = 2, nobody
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr("motorpool.cli.batch.PLAIN_EVERY_S", 0.0)
+        assert run_batch(server, folder, tmp_path / "out.jsonl") == 0
+    assert "waiting: no vehicle may run m now" in capsys.readouterr().err
+
+
 def test_counts_for_programs(
     server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,8 +378,8 @@ def test_a_wrong_key_is_one_readable_line(
 ) -> None:
     assert run_batch(server, folder, tmp_path / "out.jsonl", key="sk-wrong") == 1
     assert capsys.readouterr().err.strip() == (
-        "motorpool: error: the API does not accept this key: "
-        "make one with `motorpool keys create` and give it with --api-key"
+        "motorpool: error: the API does not accept this key (from --api-key, else OPENAI_API_KEY): make one with "
+        "`motorpool keys create --data FOLDER`, FOLDER being that of this cell"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import click
 import msgspec
 import pytest
 
-from motorpool.cli import main, output, running, watch
+from motorpool.cli import folders, main, output, running, watch
 from motorpool.errors import SetupError, StorageFullError
+from motorpool.store.database import Database
 
 
 def commands(group: click.Group, *names: str) -> list[tuple[str, ...]]:
@@ -45,6 +47,10 @@ def test_every_command_has_help_with_an_example(names: tuple[str, ...], capsys: 
         (["car", "1", "fly"], "'fly' is not one of"),
         (["consent", "give", "1", "--ready-by", "24:00"], "a time looks like 07:30"),
         (["consent", "give", "1", "--ready-by", "noon"], "a time looks like 07:30"),
+        (["consent", "give", "1", "--floor", "nan"], "this is no number"),
+        (["dev", "--null-rate", "nan"], "this is no number"),
+        (["dev", "--null-rate", "-5"], "-5.0 is not in the range"),
+        (["keys", "create", "--account", " "], "name an account"),
     ],
 )
 def test_bad_usage_is_one_line_and_code_2(
@@ -69,7 +75,7 @@ def nobody_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("arguments", "message"),
     [
         (["batch", "list"], "start `motorpool dev`, or give --base-url"),
-        (["vehicles", "list"], "start `motorpool dev`, or give --admin-url"),
+        (["vehicles", "list"], "start `motorpool dev`, name the data folder of a running cell with --data, or give"),
         (["vehicles", "list", "--admin-url", "http://127.0.0.1:9"], "give --admin-key"),
         (
             ["vehicles", "list", "--admin-url", "http://127.0.0.1:9", "--admin-key", "k"],
@@ -79,6 +85,10 @@ def nobody_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["car", "2", "drive-off"], "no `motorpool dev` runs"),
         (["consent", "withdraw", "2"], "no `motorpool dev` runs"),
         (["keys", "list"], "holds no books of a cell"),
+        (["keys", "create"], "holds no books of a cell"),
+        (["keys", "create", "--data", "no/such/folder"], "holds no books of a cell"),
+        (["batch", "list", "--base-url", "http://127.0.0.1:9/v1", "--api-key", "k\u00fc"], "no key has"),
+        (["vehicles", "list", "--admin-url", "http://127.0.0.1:9", "--admin-key", "k\u00fc"], "no key has"),
         (["models", "pull", "no-such-model"], "there is no model 'no-such-model'"),
     ],
 )
@@ -170,6 +180,51 @@ def test_addresses_and_keys_of_a_running_dev_are_found(nobody_runs: Path) -> Non
     with pytest.raises(SetupError, match="no API key"):
         running.resolve_api("http://other/v1", None)  # a key is never sent to another server
     assert "secret" not in repr(written)
+
+
+def test_a_cell_that_is_found_gets_its_own_key_and_not_that_of_the_environment(
+    nobody_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = running.Running(
+        base_url="http://b/v1", api_key="key", admin_url="http://a", admin_key="secret", data="d", pids={}, vehicles={}
+    )
+    output.write_whole(nobody_runs / running.DEV_FILE, msgspec.json.encode(written), mode=0o600)
+    monkeypatch.setenv(running.ENV_API_KEY, "sk-of-another-service")
+    assert running.resolve_api(None, None) == ("http://b/v1", "key")
+    assert running.resolve_api(None, " mine\n") == ("http://b/v1", "mine")
+    assert running.resolve_api("http://other/v1", None) == ("http://other/v1", "sk-of-another-service")
+    monkeypatch.setenv(running.ENV_API_KEY, "")
+    with pytest.raises(SetupError, match="no API key"):
+        running.resolve_api("http://other/v1", None)
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
+    with folders.take(tmp_path, "x.lock", "agent", "wait"):
+        with pytest.raises(SetupError, match=rf"another agent \(process {os.getpid()}\) works in .*: stop it, or wait"):
+            folders.take(tmp_path, "x.lock", "agent", "wait")
+        folders.take(tmp_path, "other.lock", "agent", "wait").close()
+    folders.take(tmp_path, "x.lock", "agent", "wait").close()
+
+
+def test_the_books_are_for_their_owner_alone_whatever_the_folder_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    database = Database(tmp_path / "motorpool.db")
+    database.writer.execute("CREATE TABLE t (x)")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    database.close()
+    assert set(modes.values()) == {0o600}
+    assert "motorpool.db-wal" in modes
+
+
+def test_a_model_file_of_another_size_is_not_called_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOTORPOOL_MODELS", str(tmp_path))
+    place = tmp_path / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    place.parent.mkdir()
+    place.write_bytes(b"half of it")
+    assert main.run(["models", "list"]) == 0
+    assert "damaged" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_the_summary_names_every_number() -> None:
 def test_details_hold_the_details_of_reasons() -> None:
     reason = Reason(code=ReasonCode.BELOW_FLOOR, detail="28 % of 30 %")
     text = drawn(display.vehicle_details(vehicle(state="denied", reasons=[reason]), "EUR"))
-    assert "below the owner's floor: 28 % of 30 %" in text
+    assert "below the owner's floor (below_floor): 28 % of 30 %" in text
     assert "71 %, plugged in" in text
 
 

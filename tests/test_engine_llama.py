@@ -15,6 +15,8 @@ from tests.engine_trial import Trial, chat, work
 
 from motorpool.agent.runtime import Backend, EngineSpec, build_engine
 from motorpool.agent.runtime.engine import Cancelled, Died, Finished, Progressed
+from motorpool.agent.runtime.llama_chunks import CHUNK, Chunk, TokenCount
+from motorpool.agent.runtime.llama_grammar import Grammars
 from motorpool.types import Kind
 from motorpool.wire import Checkpoint
 
@@ -171,8 +173,47 @@ def test_completions_continue_too(model_file: Path) -> None:
         assert whole["object"] == "text_completion"
         parsed = Completion.model_validate(whole)
         assert parsed.choices[0].logprobs is not None
+        del body["logprobs"]
         echo = await t.ask(body | {"echo": True}, key="echo", kind=Kind.COMPLETION)
-        assert echo["choices"][0]["text"] == body["prompt"] + whole["choices"][0]["text"]
+        assert echo["choices"][0]["text"] == f"{body['prompt']}{whole['choices'][0]['text']}"
+        refused = await t.ask(body | {"echo": True, "logprobs": 0}, key="refused", kind=Kind.COMPLETION)
+        assert (refused["error"]["code"], refused["error"]["param"]) == ("unsupported_parameter", "logprobs")
+
+    trial(model_file, test)
+
+
+def test_a_completion_whose_length_is_not_said_has_16_tokens(model_file: Path) -> None:
+    async def test(t: Trial) -> None:
+        whole = await continued_everywhere(t, {"prompt": "one, two, three, four,", "temperature": 0}, Kind.COMPLETION)
+        assert whole["usage"]["completion_tokens"] == 16
+        assert whole["choices"][0]["finish_reason"] == "length"
+
+    trial(model_file, test)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused_by_name(model_file: Path) -> None:
+    async def test(t: Trial) -> None:
+        for number, prompt in enumerate(([49152], [[1], [2**31 - 1]], [-1], [2**40])):
+            (done,) = await t.run(work({"prompt": prompt, "max_tokens": 1}, key=f"k{number}", kind=Kind.COMPLETION))
+            error = json.loads(done.body)["error"]
+            assert (done.status, error["code"], error["param"]) == (400, "invalid_value", "prompt")
+        answer = await t.ask({"prompt": [49151, 0], "max_tokens": 1}, key="good", kind=Kind.COMPLETION)
+        assert answer["usage"]["prompt_tokens"] == 2
+
+    trial(model_file, test)
+
+
+def test_a_refusal_is_what_the_assistant_said(model_file: Path) -> None:
+    async def test(t: Trial) -> None:
+        def body(part: dict[str, str]) -> dict[str, Any]:
+            said = {"role": "assistant", "content": [part]}
+            user = {"role": "user", "content": "Go on."}
+            return {"messages": [user, said, user], "max_tokens": 4, "temperature": 0}
+
+        refusal = await t.ask(body({"type": "refusal", "refusal": "I will not say that."}), key="refusal")
+        text = await t.ask(body({"type": "text", "text": "I will not say that."}), key="text")
+        assert refusal["choices"] == text["choices"]
+        assert refusal["usage"]["prompt_tokens"] == text["usage"]["prompt_tokens"] > 20
 
     trial(model_file, test)
 
@@ -198,6 +239,101 @@ def test_resumed_json_is_valid_wherever_it_was_cut(model_file: Path) -> None:
     trial(model_file, test)
 
 
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_every_token_of_json_is_seen_and_counted(model_file: Path, kind: str) -> None:
+    schema = {"type": "object", "properties": {"word": {"type": "string", "maxLength": 9}}, "required": ["word"]}
+    wanted = {"type": kind} | ({"json_schema": {"name": "x", "schema": schema}} if kind == "json_schema" else {})
+
+    async def test(t: Trial) -> None:
+        body = chat("Say hello in one word.", temperature=0, response_format=wanted, logprobs=True)
+        # On llama.cpp's own chat route this model begins with a code fence, which nobody sees.
+        for limit in (1, 2, 4, 5, 60):
+            key = f"k{limit}"
+            answer = await t.ask(body | {"max_tokens": limit}, key=key, stream=True)
+            choice = answer["choices"][0]
+            entries = choice["logprobs"]["content"]
+            assert choice["message"]["content"].startswith("{")
+            assert "".join(entry["token"] for entry in entries) == choice["message"]["content"] == t.text(key)
+            ids = [number for delta in t.deltas(key) for number in delta.token_ids]
+            assert min(ids) >= 0
+            assert len(ids) == len(entries) == answer["usage"]["completion_tokens"] <= limit
+            if choice["finish_reason"] == "length":
+                assert len(ids) == limit
+        if kind == "json_schema":
+            assert choice["finish_reason"] == "stop"
+            assert set(json.loads(choice["message"]["content"])) == {"word"}
+
+    trial(model_file, test)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+        {"enum": ["red", 5]},
+        {"anyOf": [{"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}, {"type": "null"}]},
+        {"$ref": "#/$defs/root", "$defs": {"root": {"type": "boolean"}}},
+    ],
+)
+def test_json_that_is_no_object_goes_on_after_a_cut_too(model_file: Path, schema: dict[str, Any]) -> None:
+    async def test(t: Trial) -> None:
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        body = chat("Answer.", max_tokens=40, temperature=0, response_format=wanted)
+        whole = await t.ask(body, key="whole", stream=True)
+        assert whole["choices"][0]["finish_reason"] == "stop"
+        json.loads(whole["choices"][0]["message"]["content"])
+        for number, carried in enumerate(prefixes(t, "whole")):
+            answer = await t.ask(body, key=f"from-{number}", stream=True, checkpoint=carried)
+            assert answer["choices"][0]["finish_reason"] == "stop"
+            content = answer["choices"][0]["message"]["content"]
+            json.loads(content)
+            assert content == carried.text + t.text(f"from-{number}")
+            made = sum(len(delta.token_ids) for delta in t.deltas(f"from-{number}"))
+            assert answer["usage"]["completion_tokens"] == carried.tokens + made
+            assert answer["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+
+    trial(model_file, test)
+
+
+def test_tokens_without_text_are_counted_and_the_one_that_ends_an_answer_is_not() -> None:
+    """What llama.cpp's chat route sends when JSON stands in a code fence, which it does not show."""
+
+    def chunk(made: int, content: str | None, number: int) -> Chunk:
+        entry = {"id": number, "token": "", "logprob": 0.0}
+        choice = {"delta": {"content": content}, "logprobs": {"content": [entry]}}
+        return CHUNK.decode(json.dumps({"choices": [choice], "timings": {"predicted_n": made}}))
+
+    def begin() -> TokenCount:
+        count = TokenCount(lambda _: [107], None)
+        assert count.piece(chunk(1, None, 3725)) is None
+        return count
+
+    assert begin().rest(1, ended=False) == [3725]
+    assert begin().rest(3, ended=False) == [3725, -1, -1]
+    count = begin()
+    piece = count.piece(chunk(4, "{", 107))
+    assert piece is not None
+    assert piece.ids == [3725, -1, -1, 107]
+    assert count.rest(4, ended=False) == []
+    assert count.rest(5, ended=True) == []
+    assert count.rest(8, ended=True) == [-1, -1, -1]
+
+
+def test_a_grammar_that_llama_cpp_words_otherwise_is_left_to_it() -> None:
+    asked: list[bytes] = []
+
+    def chat_route(request: bytes, on_answer: Callable[[bytes], bool]) -> None:
+        asked.append(request)
+        settings = {"grammar": 'root ::= "{" "}"' if len(asked) == 1 else 'response-format ::= "{}"\nroot ::= x'}
+        on_answer(json.dumps({"__verbose": {"generation_settings": settings}}).encode())
+
+    grammars = Grammars()
+    assert grammars.of({"type": "json_object"}, chat_route) is None
+    assert grammars.of({"type": "json_object"}, chat_route) == 'response-format ::= "{}"\nroot ::= response-format'
+    assert grammars.of({"type": "json_object"}, chat_route) == 'response-format ::= "{}"\nroot ::= response-format'
+    assert len(asked) == 2
+
+
 def test_tools_are_not_silently_dropped(model_file: Path) -> None:
     """The template of this model has no place for tools."""
     function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
@@ -211,6 +347,9 @@ def test_tools_are_not_silently_dropped(model_file: Path) -> None:
         answer = await t.ask(body | {"tool_choice": "none"}, key="none", stream=True)
         ChatCompletion.model_validate(answer)
         assert answer["usage"]["completion_tokens"] == 6 == sum(len(delta.token_ids) for delta in t.deltas("none"))
+        both = body | {"tool_choice": "none", "response_format": {"type": "json_object"}, "logprobs": True}
+        text = (await t.ask(both, key="both"))["choices"][0]["message"]["content"]
+        assert text.startswith("{")
         malformed = await t.ask(body | {"tools": [{"type": "function"}]}, key="malformed")
         assert (malformed["error"]["code"], malformed["error"]["param"]) == ("invalid_value", "tools")
 
@@ -248,7 +387,9 @@ def test_what_the_model_cannot_run_is_the_customers_error(model_file: Path) -> N
         for number, (body, code, param) in enumerate(
             [
                 (chat("word " * 600), "context_length_exceeded", "messages"),
-                (chat("x", response_format=bad_schema), "invalid_request", "response_format"),
+                (chat("x", response_format=bad_schema), "invalid_json_schema", "response_format"),
+                (chat("x", functions=[{"name": "f"}]), "unsupported_parameter", "functions"),
+                (chat("x", tool_choice={"type": "function"}), "invalid_value", "tool_choice"),
                 ({"messages": [{"role": "user"}]}, "invalid_request", "messages"),
             ]
         ):
@@ -267,7 +408,8 @@ def test_what_the_model_cannot_run_is_the_customers_error(model_file: Path) -> N
 
 def test_an_answer_that_fills_the_context_ends_there_also_when_continued(model_file: Path) -> None:
     async def test(t: Trial) -> None:
-        body = {"prompt": "one two three " * 60, "temperature": 0, "logit_bias": {"0": -100, "2": -100}}
+        bias = {"0": -100, "2": -100}
+        body = {"prompt": "one two three " * 60, "max_tokens": 1000, "temperature": 0, "logit_bias": bias}
         whole = await t.ask(body, key="whole", kind=Kind.COMPLETION, stream=True)
         assert whole["choices"][0]["finish_reason"] == "length"
         assert whole["usage"]["total_tokens"] == 256

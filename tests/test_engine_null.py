@@ -167,6 +167,79 @@ def test_completions_have_the_older_shape(hosted: bool) -> None:
     trial(test, hosted=hosted)
 
 
+def test_echo_begins_each_text_with_its_prompt(hosted: bool) -> None:
+    async def test(t: Trial) -> None:
+        body = {"model": "null", "prompt": ["a b", "c"], "n": 2, "max_tokens": 1, "echo": True}
+        texts = [choice["text"] for choice in (await t.ask(body, kind=Kind.COMPLETION))["choices"]]
+        assert [text[: len(prompt)] for text, prompt in zip(texts, ("a b", "a b", "c", "c"), strict=True)] == [
+            *("a b", "a b", "c", "c")
+        ]
+        answer = await t.ask({"prompt": [0, 256], "max_tokens": 1, "echo": True}, key="ids", kind=Kind.COMPLETION)
+        assert answer["choices"][0]["text"].startswith("ba ba")
+        plain = await t.ask({"prompt": "a b", "max_tokens": 1}, key="plain", kind=Kind.COMPLETION)
+        assert not plain["choices"][0]["text"].startswith("a b")
+
+    trial(test, hosted=hosted)
+
+
+def test_a_completion_whose_length_is_not_said_has_16_tokens() -> None:
+    async def test(t: Trial) -> None:
+        answer = await t.ask({"prompt": "a"}, kind=Kind.COMPLETION)
+        assert answer["usage"]["completion_tokens"] == 16
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert (await t.ask(chat("a"), key="chat"))["usage"]["completion_tokens"] == 40
+
+    trial(test, hosted=False, default_tokens=40)
+
+
+def test_a_refusal_counts_as_what_was_said() -> None:
+    async def test(t: Trial) -> None:
+        body = chat("one")
+        body["messages"].append({"role": "assistant", "content": [{"type": "refusal", "refusal": "two three"}]})
+        assert (await t.ask(body))["usage"]["prompt_tokens"] == 3
+
+    trial(test, hosted=False)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": "x"},
+        {"type": "integer", "maximum": []},
+        {"type": "integer", "exclusiveMinimum": True},
+        {"type": "number", "minimum": 1e300},
+        {"type": "number", "maximum": -1e16},
+        {"type": "string", "minLength": "x"},
+        {"type": "string", "maxLength": None},
+        {"type": "array", "minItems": 1.5},
+        {"type": "array", "minItems": 900, "items": {"type": "array", "minItems": 900}},
+        {"type": {}},
+        {"type": [["null"]]},
+        {"enum": "red"},
+        {"enum": {"a": 1}},
+        {"anyOf": {"type": "null"}},
+        {"allOf": 5},
+        {"type": "object", "properties": []},
+        {"type": "object", "properties": ["x"]},
+        {"type": "object", "properties": {"x": 5}},
+        {"type": "object", "required": "x"},
+        {"type": "object", "required": [{}]},
+        {"$ref": []},
+        {"$ref": "#/$defs/a", "$defs": ["a"]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    ],
+    ids=str,
+)
+def test_a_schema_that_is_none_is_the_customers_error(schema: dict[str, Any]) -> None:
+    async def test(t: Trial) -> None:
+        wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        (done,) = await t.run(work(chat("x", response_format=wanted)))
+        error = json.loads(done.body)["error"]
+        assert (done.status, error["code"], error["param"]) == (400, "invalid_json_schema", "response_format")
+
+    trial(test, hosted=False)
+
+
 @pytest.mark.parametrize(
     ("body", "code", "param"),
     [
@@ -176,6 +249,9 @@ def test_completions_have_the_older_shape(hosted: bool) -> None:
         (chat("x", max_tokens="many"), "invalid_type", "max_tokens"),
         (chat("x", max_tokens=0), "invalid_value", "max_tokens"),
         (chat("x", temperature=3), "invalid_value", "temperature"),
+        (chat("x", functions=[{"name": "f"}]), "unsupported_parameter", "functions"),
+        (chat("x", function_call="auto"), "unsupported_parameter", "function_call"),
+        (chat("x", tool_choice={"type": "function", "function": {"name": "f"}}), "invalid_value", "tool_choice"),
         (chat("x", stop=["a", "b", "c", "d", "e"]), "invalid_value", "stop"),
         (
             chat("x", response_format={"type": "json_schema", "json_schema": {"schema": {"type": "frob"}}}),
@@ -192,6 +268,24 @@ def test_a_bad_body_is_the_customers_error(body: dict[str, Any], code: str, para
         assert set(error) == {"message", "type", "param", "code"}
         assert (error["code"], error["param"]) == (code, param)
         assert done.usage.completion_tokens == 0
+
+    trial(test, hosted=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"prompt": [-1]}, "invalid_value", "prompt"),
+        ({"prompt": [[1], [2**31]]}, "invalid_value", "prompt"),
+        ({"prompt": [2**40]}, "invalid_value", "prompt"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, "unsupported_parameter", "logprobs"),
+    ],
+)
+def test_a_bad_completion_is_the_customers_error(fields: dict[str, Any], code: str, param: str) -> None:
+    async def test(t: Trial) -> None:
+        (done,) = await t.run(work(fields, kind=Kind.COMPLETION))
+        error = json.loads(done.body)["error"]
+        assert (done.status, error["code"], error["param"]) == (400, code, param)
 
     trial(test, hosted=False)
 

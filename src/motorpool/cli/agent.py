@@ -17,7 +17,9 @@ from motorpool.agent.runtime.host import leave_no_core_dump
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.agent.signals.car import CarSpec
 from motorpool.catalogue import NULL_MODEL
+from motorpool.cli.folders import private_files, take
 from motorpool.cli.modelfiles import fetched, load_catalogue
+from motorpool.cli.output import finite
 from motorpool.cli.process import run
 from motorpool.cli.running import CREDENTIALS_NAME
 from motorpool.core.guard import Policy
@@ -34,17 +36,34 @@ from motorpool.core.guard import Policy
 @click.option("--slots", default=4, show_default=True, type=click.IntRange(1, 1024), help="Requests at once.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 256), help="Threads of the engine.")
 @click.option(
-    "--null-rate", default=40.0, show_default=True, help="Tokens a second of each slot of the null engine; 0: no limit."
+    "--null-rate",
+    default=40.0,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1e9),
+    callback=finite,
+    help="Tokens a second of each slot of the null engine; 0: no limit.",
 )
 @click.option(
     "--watts", default=100, show_default=True, type=click.IntRange(1), help="Power that the computer may draw."
 )
 @click.option(
-    "--floor", default=30.0, show_default=True, help="The owner's floor: no work below this charge, in percent."
+    "--floor",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0, 100),
+    callback=finite,
+    help="The owner's floor: no work below this charge, in percent.",
 )
 @click.option("--region", default="local", show_default=True, help="Region code; never a place.")
-@click.option("--simulated", is_flag=True, help="Drive a simulated car, whose owner `motorpool car` plays.")
-@click.option("--state-interval", default=1.0, show_default=True, help="Longest silence towards the cell, in seconds.")
+@click.option("--simulated", is_flag=True, help="Drive a simulated car; `motorpool car --dir` plays its owner.")
+@click.option(
+    "--state-interval",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0.05, 10),
+    callback=finite,
+    help="Longest silence towards the cell, in seconds.",
+)
 def agent(
     *,
     folder: Path,
@@ -98,4 +117,5 @@ def agent(
         state_interval_ms=round(state_interval * 1000),
     )
     leave_no_core_dump()
-    run(run_agent(config))
+    with private_files(), take(folder, "agent.lock", "agent", "give this one a folder of its own with --dir"):
+        run(run_agent(config))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ from rich.table import Table
 from motorpool.cli import batchrun, documents, output
 from motorpool.cli.display import duration
 from motorpool.cli.output import print_json, say
-from motorpool.cli.running import api_options, resolve_api
+from motorpool.cli.running import api_options, data_flag, resolve_api
 from motorpool.errors import SetupError
 
 PLAIN_EVERY_S: Final = 10.0
@@ -72,6 +73,10 @@ class Progressing:
         if self._bar is not None:
             self._bar.stop()
 
+    def outage(self) -> None:
+        """The server does not answer."""
+        click.echo("the server does not answer; still trying, for a minute", err=True)
+
     def show(self, batch: Batch) -> None:
         """One answer of the server."""
         counts = batch.request_counts
@@ -84,6 +89,8 @@ class Progressing:
             words += f", {counts.failed} failed"
         if batch.status == "in_progress":
             words += f", {duration(left)} left"
+            if batchrun.waits(batch):
+                words += f", waiting: no vehicle may run {batch.model} now"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, description=batch.status, words=words)
         elif self._plain_at_s is None or now_s - self._plain_at_s >= PLAIN_EVERY_S or batch.status != self._said:
@@ -150,10 +157,11 @@ def run(
         say(f"{'Back to' if again else 'Handed in'} {len(found)} documents as batch {started.id}")
         try:
             with Progressing(len(found)) as progress:
-                ended = batchrun.follow(client, started, progress.show)
+                ended = batchrun.follow(client, started, progress.show, on_outage=progress.outage)
         except KeyboardInterrupt:
+            flags = data_flag(data) + (f" --base-url {shlex.quote(base_url)}" if base_url else "")
             say(f"Batch {started.id} goes on without this terminal. Run the same command again to come back to it,")
-            say(f"or `motorpool batch cancel {started.id}` to stop it.")
+            say(f"or `motorpool batch cancel {started.id}{flags}` to stop it.")
             context.exit(output.EXIT_INTERRUPTED)
         code = collect(client, ended, names, target, parse=wanted is not None, as_json=as_json)
     context.exit(code)
@@ -183,7 +191,10 @@ def collect(client: openai.OpenAI, ended: Batch, names: list[str], target: Path,
         output.print_error(f"{result.document}: {error.get('message') or error.get('code')}")
     if results:
         say(f"The results are in {target}")
-    return exit_code(ended.status, tally)
+    code = exit_code(ended.status, tally)
+    if code and not batchrun.nothing_ran(ended):
+        say(f"To hand these documents in once more, delete {batchrun.state_path(target)} and run the same command")
+    return code
 
 
 def exit_code(status: str, tally: batchrun.Tally) -> int:

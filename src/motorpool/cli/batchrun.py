@@ -27,6 +27,7 @@ from motorpool.errors import SetupError
 
 ENDED: Final = ("completed", "failed", "expired", "cancelled")
 RUN_ID_KEY: Final = "motorpool_run"
+OUTAGE_S: Final = 60.0
 LISTED_BATCHES: Final = 1000  # how far back a batch is looked for by its run id
 
 
@@ -72,16 +73,21 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.motorpool-state.json")
 
 
-def load_state(output: Path, data: bytes, base_url: str) -> RunState | None:
-    """The state of an earlier run with the same input, or None; raise SetupError if it belongs to another run."""
+def load_state(output: Path) -> RunState | None:
+    """The state of an earlier run to this output, or None; raise SetupError if it cannot be read."""
     path = state_path(output)
     if not path.exists():
         return None
     try:
-        state = msgspec.json.decode(path.read_bytes(), type=RunState)
+        return msgspec.json.decode(path.read_bytes(), type=RunState)
     except msgspec.MsgspecError as error:
         raise SetupError(f"{path} cannot be read: delete it to start again", code="state_unreadable") from error
-    if state.input_sha256 != hashlib.sha256(data).hexdigest():
+
+
+def check_same(output: Path, state: RunState, digest: str, base_url: str) -> None:
+    """Raise SetupError if an earlier run, whose batch is at the server, was another one than this."""
+    path = state_path(output)
+    if state.input_sha256 != digest:
         raise SetupError(
             f"{path} belongs to a run with other documents, another prompt, model or limit: "
             "choose another -o, or delete that file to start anew",
@@ -92,7 +98,6 @@ def load_state(output: Path, data: bytes, base_url: str) -> RunState | None:
             f"{path} belongs to a run at {state.base_url}: give that --base-url, or delete the file to start anew",
             code="state_of_another_server",
         )
-    return state
 
 
 def save_state(output: Path, state: RunState) -> None:
@@ -105,16 +110,18 @@ def hand_in(client: openai.OpenAI, data: bytes, output: Path, *, window: str, do
 
     Raises SetupError when the server no longer knows the earlier batch.
     """
-    base_url = str(client.base_url)
-    state = load_state(output, data, base_url)
+    base_url, digest = str(client.base_url), hashlib.sha256(data).hexdigest()
+    state = load_state(output)
     if state is not None:
+        if state.batch_id is not None:
+            check_same(output, state, state.input_sha256, base_url)  # no other server knows its batch
         earlier = _find(client, state, output)
-        if earlier is not None:
+        if earlier is not None and not nothing_ran(earlier):
+            check_same(output, state, digest, base_url)
             return earlier, True
-    else:
-        digest = hashlib.sha256(data).hexdigest()
-        state = RunState(run_id=secrets.token_hex(12), input_sha256=digest, base_url=base_url, documents=documents)
-        save_state(output, state)
+    # Here either nothing was ever handed in under this state, or the server refused it before a line had run.
+    state = RunState(run_id=secrets.token_hex(12), input_sha256=digest, base_url=base_url, documents=documents)
+    save_state(output, state)
     name = f"{output.stem}.jsonl"
     uploaded = client.files.create(file=(name, io.BytesIO(data)), purpose="batch")
     batch = client.batches.create(
@@ -125,6 +132,12 @@ def hand_in(client: openai.OpenAI, data: bytes, output: Path, *, window: str, do
     )
     save_state(output, msgspec.structs.replace(state, batch_id=batch.id))
     return batch, False
+
+
+def nothing_ran(batch: Batch) -> bool:
+    """Whether a batch was refused as a whole, so that handing it in again is no repetition."""
+    counts = batch.request_counts
+    return batch.status == "failed" and (counts is None or counts.completed + counts.failed == 0)
 
 
 def _find(client: openai.OpenAI, state: RunState, output: Path) -> Batch | None:
@@ -146,20 +159,40 @@ def _find(client: openai.OpenAI, state: RunState, output: Path) -> Batch | None:
     return None
 
 
-def follow(client: openai.OpenAI, batch: Batch, on_change: Callable[[Batch], None], *, poll_s: float = 1.0) -> Batch:
-    """Poll until the batch has ended; ``on_change`` sees every answer. A short outage of the server is waited out."""
+def waits(batch: Batch) -> bool:
+    """Whether no vehicle could run this batch now. Only Motorpool says so; another server is taken to have room."""
+    extra = (batch.model_extra or {}).get("motorpool")
+    return isinstance(extra, dict) and extra.get("vehicles") == 0
+
+
+def follow(
+    client: openai.OpenAI,
+    batch: Batch,
+    on_change: Callable[[Batch], None],
+    *,
+    poll_s: float = 1.0,
+    on_outage: Callable[[], None] = lambda: None,
+    clock_s: Callable[[], float] = time.monotonic,
+) -> Batch:
+    """Poll until the batch has ended; ``on_change`` sees every answer.
+
+    A server that does not answer is waited for, up to OUTAGE_S; ``on_outage`` hears of it once.
+    """
     on_change(batch)
-    failures = 0
+    silent_since_s: float | None = None
     while batch.status not in ENDED:
         time.sleep(poll_s)
         try:
             batch = client.batches.retrieve(batch.id)
         except (openai.APIConnectionError, openai.InternalServerError):
-            failures += 1
-            if failures * poll_s > 60:
+            now_s = clock_s()
+            if silent_since_s is None:
+                silent_since_s = now_s
+                on_outage()
+            if now_s - silent_since_s > OUTAGE_S:
                 raise
             continue
-        failures = 0
+        silent_since_s = None
         on_change(batch)
     return batch
 
@@ -197,9 +230,12 @@ def result_lines(client: openai.OpenAI, batch: Batch) -> Iterator[bytes]:
         if file_id is None:
             continue
         with client.files.with_streaming_response.content(file_id) as response:
-            for line in response.iter_lines():
-                if line.strip():
-                    yield line.encode()
+            rest = b""
+            for piece in response.iter_bytes():
+                *lines, rest = (rest + piece).split(b"\n")  # only a line feed ends a line
+                yield from (line for line in lines if line.strip())
+            if rest.strip():
+                yield rest
 
 
 def join(names: list[str], lines: Iterable[bytes], *, parse: bool) -> tuple[list[Joined], Tally]:

@@ -7,8 +7,6 @@ Called by: ``cli.main``, ``cli.demo`` and the tests.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import signal
 import socket
 import sys
@@ -26,12 +24,13 @@ from rich.text import Text
 from motorpool.agent.enrolment import CONSENT_NAME, enrol_owner, give_consent
 from motorpool.bus import EmbeddedNats, answers
 from motorpool.cli import display, owner
+from motorpool.cli.folders import private_files, take
 from motorpool.cli.keys import make_key
 from motorpool.cli.modelfiles import load_catalogue
 from motorpool.cli.models import ensure_model
 from motorpool.cli.operator import AdminClient
-from motorpool.cli.output import print_json, say, stderr_console, write_whole
-from motorpool.cli.running import DEV_FILE, Running, default_data
+from motorpool.cli.output import finite, print_json, say, stderr_console, write_whole
+from motorpool.cli.running import DEV_FILE, SERVE_LOCK, Running, data_flag, default_data
 from motorpool.cli.supervise import Child, until
 from motorpool.cli.watch import watch
 from motorpool.errors import MotorpoolError, SetupError
@@ -93,7 +92,8 @@ class DevCluster:
     async def start(self) -> Running:
         """Start everything and wait until every vehicle has reported. Raises SetupError that says what went wrong."""
         config = self._config
-        self._lock = lock(config.data)
+        self._lock = take(config.data, "dev.lock", "`motorpool dev`", "give another folder with --data")
+        take(config.data, SERVE_LOCK, "control plane", "give another folder with --data").close()  # its child takes it
         port = await self._port(config.port)
         admin_port = free_port()
         nats = EmbeddedNats(config.data / "nats", load_identity(identity_path(config.data), clock_ms() // 1000))
@@ -227,26 +227,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def lock(data: Path) -> IO[str]:
-    """Take the data folder for this process; raise SetupError if another one has it."""
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    stream = (data / "dev.lock").open("a+")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.seek(0)
-        holder = stream.read().strip() or "unknown"
-        stream.close()
-        raise SetupError(
-            f"another `motorpool dev` (process {holder}) works in {data}: stop it, or give another folder with --data",
-            code="already_running",
-        ) from error
-    stream.truncate(0)
-    stream.write(str(os.getpid()))
-    stream.flush()
-    return stream
-
-
 class Dev:
     """The command: a cluster until somebody stops it, with a live picture or one line of JSON."""
 
@@ -290,7 +270,8 @@ class Dev:
         else:
             say(f"Ready: export OPENAI_BASE_URL={running.base_url} OPENAI_API_KEY={running.api_key}")
             say(f"The operator's address is {running.admin_url}; the data folder is {running.data}")
-            say("Play an owner with `motorpool car 2 drive-off`; Ctrl-C ends everything")
+            flag = data_flag(self._config.data)
+            say(f"Play an owner with `motorpool car 2 drive-off{flag}`; Ctrl-C ends everything")
         await stop.wait()
 
     async def _watch(self, running: Running, stop: asyncio.Event) -> None:
@@ -307,9 +288,10 @@ class Dev:
 
         async def play(number: str, action: str) -> str:
             try:
-                return f"vehicle {number}: {await self._cluster.play(DevCluster.vehicle_id(int(number)), action)}"
+                car = await self._cluster.play(DevCluster.vehicle_id(int(number)), action)
             except MotorpoolError as error:
                 return f"vehicle {number}: {error.message}"
+            return f"vehicle {number}, {action}: {car}"
 
         self._live = True
         try:
@@ -344,7 +326,12 @@ class Dev:
     "--threads", default=1, show_default=True, type=click.IntRange(1, 64), help="Threads of each vehicle's engine."
 )
 @click.option(
-    "--null-rate", default=40.0, show_default=True, help="Tokens a second of each slot of the null engine; 0: no limit."
+    "--null-rate",
+    default=40.0,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1e9),
+    callback=finite,
+    help="Tokens a second of each slot of the null engine; 0: no limit.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one line of JSON when ready: base_url, api_key, admin address, pids."
@@ -381,4 +368,5 @@ def dev(
         null_rate=null_rate,
     )
     ensure_model(load_catalogue(config.data).get(model), stderr_console())
-    asyncio.run(Dev(config, as_json=as_json).run())
+    with private_files():
+        asyncio.run(Dev(config, as_json=as_json).run())

@@ -147,9 +147,11 @@ def permit(vehicle: VehicleView) -> Text:
     return Text("no", style="yellow")
 
 
-def vehicle_table(status: StatusView) -> Table:
-    """The fleet, a row for each vehicle."""
+def vehicle_table(status: StatusView, *, ids: bool = False) -> Table:
+    """The fleet, a row for each vehicle; with ``ids``, also what programs call them."""
     table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0))
+    if ids:
+        table.add_column("id", no_wrap=True)
     table.add_column("vehicle", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("may it work", ratio=1, min_width=18)
@@ -158,6 +160,7 @@ def vehicle_table(status: StatusView) -> Table:
     for vehicle in status.vehicles:
         style = STATE_STYLES.get(vehicle.state, "")
         table.add_row(
+            *([vehicle.vehicle_id] if ids else []),
             Text(vehicle.name or vehicle.vehicle_id, style="bold"),
             Text(f"{vehicle.state} {vehicle.running}" if vehicle.running else vehicle.state, style=style),
             permit(vehicle),
@@ -168,6 +171,11 @@ def vehicle_table(status: StatusView) -> Table:
             amount(vehicle.earned_micro),
         )
     return table
+
+
+def serves(vehicle: VehicleView, model: str | None) -> bool:
+    """Whether a vehicle could run a model now."""
+    return vehicle.model == model and vehicle.state in {VehicleState.READY, VehicleState.WORKING}
 
 
 def speed_of(vehicle: VehicleView) -> float:
@@ -242,13 +250,17 @@ def fleet(
 ) -> RenderableType:
     """The picture of a running development cell: how to reach it, its vehicles, its open batches, what happened."""
     parts: list[RenderableType] = [
-        Text(f"export OPENAI_BASE_URL={base_url} OPENAI_API_KEY={api_key}", style="cyan", overflow="fold"),
+        Text(f"export OPENAI_BASE_URL={base_url}", style="cyan", overflow="fold"),
+        Text(f"export OPENAI_API_KEY={api_key}", style="cyan", overflow="fold"),
     ]
     parts.append(vehicle_table(status) if status.vehicles else Text("no vehicles"))
     for batch in [item for item in status.batches if item.status not in CLOSED][:OPEN_BATCHES_SHOWN]:
         left = duration(batch.left_ms / 1000) if batch.left_ms is not None else "?"
         done = batch.completed + batch.failed
-        parts.append(Text(f"{batch.batch_id}  {batch.status}  {done}/{batch.total} lines, {left} left"))
+        waits = ""
+        if batch.status == "in_progress" and not any(serves(vehicle, batch.model) for vehicle in status.vehicles):
+            waits = f" · waits: no vehicle may run {batch.model} now"
+        parts.append(Text(f"{batch.batch_id}  {batch.status}  {done}/{batch.total} lines, {left} left{waits}"))
     if found:
         parts.append(happenings(found))
     subtitle = Text(f"{duration(elapsed_s)} · {speed(status):.0f} tokens/s")
@@ -324,7 +336,11 @@ def vehicle_details(vehicle: VehicleView, currency: str) -> Table:
         ("earned", money(vehicle.earned_micro, currency)),
     ]
     rows.extend(
-        ("reason", f"{REASON_WORDS.get(reason.code, reason.code.value)}: {reason.detail or 'no detail'}")
+        (
+            "reason",
+            f"{REASON_WORDS.get(reason.code, reason.code.value)} ({reason.code.value})"
+            + (f": {reason.detail}" if reason.detail else ""),
+        )
         for reason in vehicle.reasons
     )
     for label, value in rows:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from motorpool.errors import CallerError, SetupError
-from motorpool.types import MAX_BATCH_BYTES, MAX_BATCH_LINES, MAX_CUSTOM_ID_CHARS, Kind
+from motorpool.types import MAX_BATCH_BYTES, MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_CUSTOM_ID_CHARS, Kind
 
 TEXT_SUFFIXES: Final = (".txt", ".md")
 TABLE_SUFFIXES: Final = (".jsonl", ".csv")
@@ -81,7 +81,7 @@ def _read(path: Path) -> Iterator[tuple[str, str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # spreadsheets put a byte order mark first
     except UnicodeDecodeError as error:
         raise SetupError(f"{path} is not UTF-8 text (byte {error.start}): convert it first", code="not_text") from error
 
@@ -90,13 +90,22 @@ def _rows(path: Path) -> Iterator[tuple[str, str]]:
     text = _text(path)
     rows: Iterable[Any]
     if path.suffix.lower() == ".csv":
-        rows = csv.DictReader(io.StringIO(text))
+        rows = _csv_rows(path, text)
     else:
-        rows = (_json_row(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+        # Only a line feed ends a line: other separators may stand inside a string.
+        rows = (_json_row(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise SetupError(f"{path}: row {number} has no text in a field named 'text'", code="row_without_text")
         yield f"{path.name}:{row.get('id') or number}", row["text"]
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Any]:
+    csv.field_size_limit(MAX_BODY_BYTES)
+    try:
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+    except csv.Error as error:
+        raise SetupError(f"{path} is not CSV that can be read: {error}", code="not_csv") from error
 
 
 def _json_row(path: Path, number: int, line: str) -> Any:
@@ -117,13 +126,24 @@ def read_schema(path: Path) -> dict[str, Any]:
 
 def batch_lines(documents: Iterable[Document], task: Task) -> bytes:
     """The input file of a batch: one chat completion a document, in order. Raises CallerError beyond the bound."""
-    lines = [msgspec.json.encode(line) for line in (_line(document, task) for document in documents)]
+    lines = [_encoded(document, task) for document in documents]
     data = b"\n".join(lines) + b"\n"
     if len(data) > MAX_BATCH_BYTES:
         raise CallerError(
             f"the documents make {len(data)} bytes of batch input; at most {MAX_BATCH_BYTES} go into one batch"
         )
     return data
+
+
+def _encoded(document: Document, task: Task) -> bytes:
+    line = msgspec.json.encode(_line(document, task))
+    if len(line) > MAX_BODY_BYTES:
+        raise CallerError(
+            f"the document {document.name} makes a request of {len(line)} bytes, over the limit of {MAX_BODY_BYTES}: "
+            "split it",
+            code="body_too_large",
+        )
+    return line
 
 
 def _line(document: Document, task: Task) -> dict[str, Any]:

@@ -96,14 +96,22 @@ def create_command(*, data: Path | None, account: str, name: str, as_json: bool)
 
     \b
     Example:
-      motorpool keys create --account acme --name "nightly batches"
+      motorpool keys create --data /var/lib/motorpool --account acme --name "nightly batches"
     """
-    key, row = _make(data or default_data(), account, name)
+    if not account.strip():
+        raise click.BadParameter("name an account", param_hint="--account")
+    folder = data or default_data()
+    if not (folder.is_dir() if data is not None else database_path(folder).exists()):
+        raise SetupError(
+            f"{folder} holds no books of a cell: give the folder of `motorpool serve` or `motorpool dev` with --data",
+            code="no_books",
+        )
+    key, row = _make(folder, account, name)
     if as_json:
         print_json({"key": key, "key_id": row.key_id, "account": row.account, "name": row.name})
         return
     click.echo(key)
-    say(f"This key ({row.key_id}) opens account {account}. It is not shown again: keep it now.")
+    say(f"This key ({row.key_id}) opens account {account} of the cell in {folder}. It is not shown again: keep it now.")
 
 
 @keys.command("list")

@@ -48,7 +48,10 @@ def _state(model: Model, folder: Path) -> str:
     path = model_path(model, folder)
     if path is None:
         return "needs no file"
-    return "here" if path.exists() else "not fetched"
+    if not path.exists():
+        return "not fetched"
+    whole = not model.size_bytes or path.stat().st_size == model.size_bytes
+    return "here" if whole else "damaged: pull it again with --force"
 
 
 @models.command("list")

@@ -7,7 +7,7 @@ Called by: ``cli.main``, ``cli.dev``, ``cli.demo``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 import httpx
@@ -22,6 +22,7 @@ from motorpool.server.admin.views import StatusView, StoryEntry, VehicleView
 from motorpool.trust.credentials import VehicleCredentials, save_credentials
 
 T = TypeVar("T")
+MAX_NAMED: Final = 20  # vehicles that an error lists
 
 
 class AdminClient:
@@ -44,6 +45,26 @@ class AdminClient:
     def vehicle(self, vehicle_id: str) -> VehicleView:
         """One vehicle."""
         return self._call("GET", f"/v1/vehicles/{vehicle_id}", VehicleView)
+
+    def id_of(self, word: str) -> str:
+        """The id of a vehicle that somebody calls by its id, its name or, as in ``2``, its number.
+
+        Raises SetupError that names the vehicles there are.
+        """
+        views = self.vehicles()
+        for meant in (word, f"car-{word}"):
+            if any(view.vehicle_id == meant for view in views):
+                return meant
+        named = [view.vehicle_id for view in views if view.name == word]
+        if len(named) == 1:
+            return named[0]
+        there = ", ".join(view.vehicle_id for view in views[:MAX_NAMED]) + (", ..." if len(views) > MAX_NAMED else "")
+        raise SetupError(
+            f"there is no vehicle {word}: there are {there}"
+            if views
+            else f"there is no vehicle {word}: none is enrolled",
+            code="vehicle_not_found",
+        )
 
     def story(self, vehicle_id: str) -> list[StoryEntry]:
         """What happened to a vehicle or batch."""
@@ -126,7 +147,7 @@ def list_command(*, admin_url: str | None, admin_key: str | None, data: Path | N
         print_json(status.vehicles)
         return
     console = Console(highlight=False)
-    console.print(display.vehicle_table(status) if status.vehicles else "no vehicles are enrolled yet")
+    console.print(display.vehicle_table(status, ids=True) if status.vehicles else "no vehicles are enrolled yet")
 
 
 @vehicles.command("show")
@@ -143,7 +164,7 @@ def show_command(
       motorpool vehicles show car-2
     """
     with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
-        view = client.vehicle(vehicle)
+        view = client.vehicle(client.id_of(vehicle))
         currency = client.status().currency
     if as_json:
         print_json(view)
@@ -165,7 +186,7 @@ def story_command(
       motorpool vehicles story car-2
     """
     with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
-        entries = client.story(vehicle)
+        entries = client.story(vehicle) or client.story(client.id_of(vehicle))
     if as_json:
         print_json(entries)
         return
@@ -179,7 +200,7 @@ def story_command(
 @vehicles.command("enrol")
 @click.argument("vehicle")
 @click.option("--name", help="What people call it; its id if not given.")
-@click.option("--owner-key", default="", help="The owner's public key, as the vehicle printed it.")
+@click.option("--owner-key", default="", help="The owner's public key: the content of owner.pub in the agent's folder.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the credentials to this file."
 )
@@ -220,5 +241,6 @@ def revoke_command(*, vehicle: str, admin_url: str | None, admin_key: str | None
       motorpool vehicles revoke car-7
     """
     with AdminClient(*resolve_admin(admin_url, admin_key, data)) as client:
-        client.revoke(vehicle)
-    say(f"{vehicle} is revoked")
+        vehicle_id = client.id_of(vehicle)
+        client.revoke(vehicle_id)
+    say(f"{vehicle_id} is revoked")

@@ -7,6 +7,7 @@ Called by: every command.
 from __future__ import annotations
 
 import errno
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -74,7 +75,10 @@ def describe_api_error(error: openai.OpenAIError) -> str:
             "is it running? Start everything on this machine with `motorpool dev`, or set --base-url"
         )
     if isinstance(error, openai.AuthenticationError):
-        return "the API does not accept this key: make one with `motorpool keys create` and give it with --api-key"
+        return (
+            "the API does not accept this key (from --api-key, else OPENAI_API_KEY): make one with "
+            "`motorpool keys create --data FOLDER`, FOLDER being that of this cell"
+        )
     if isinstance(error, openai.APIStatusError):
         body = error.body if isinstance(error.body, dict) else {}
         return f"the API answered {error.status_code}: {body.get('message') or error.message}"
@@ -115,6 +119,13 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
                 f"the disk is full: could not write {path}. Free some space and run it again"
             ) from error
         raise
+
+
+def finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
+    """A callback for options: a usage error for what is no number, which every range lets through."""
+    if not math.isfinite(value):
+        raise click.BadParameter("this is no number")
+    return value
 
 
 def is_terminal() -> bool:

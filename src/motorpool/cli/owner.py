@@ -57,10 +57,11 @@ def vehicle_folder(vehicle: str, data: Path | None) -> Path:
 
 def in_words(car: dict[str, Any]) -> str:
     """The car as its owner sees it, in one line."""
+    at = "coming or going, " if car.get("busy") else ""
     where = "on the road" if car.get("away") else "parked"
     plug = "plugged in" if car.get("plugged") else "not plugged in"
     doors = "door open" if car.get("door_open") else ("locked" if car.get("locked") else "unlocked")
-    return f"{where}, {plug}, {doors}, battery {car.get('soc_pct', 0):.0f} %"
+    return f"{at}{where}, {plug}, {doors}, battery {car.get('soc_pct', 0):.0f} %"
 
 
 EXAMPLES: Final = "  motorpool car 2 drive-off\n  motorpool car car-2 show --json"
@@ -70,10 +71,16 @@ EXAMPLES: Final = "  motorpool car 2 drive-off\n  motorpool car car-2 show --jso
 @click.argument("vehicle")
 @click.argument("action", type=click.Choice(list(OWNER_ACTIONS)), metavar="ACTION")
 @click.option("--data", type=click.Path(path_type=Path, file_okay=False), help="Data folder of the `motorpool dev`.")
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder of an agent with a simulated car, where no `motorpool dev` runs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the car as one line of JSON.")
-def car(*, vehicle: str, action: str, data: Path | None, as_json: bool) -> None:
+def car(*, vehicle: str, action: str, data: Path | None, folder: Path | None, as_json: bool) -> None:
     """Play the owner of a vehicle of a running `motorpool dev`: open the door, drive off, come back, plug in."""
-    state = asyncio.run(play(vehicle_folder(vehicle, data), action))
+    state = asyncio.run(play(folder or vehicle_folder(vehicle, data), action))
     if as_json:
         print_json(state)
     else:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import msgspec
 
+from motorpool.cli.folders import private_files, take
 from motorpool.cli.modelfiles import load_catalogue
-from motorpool.cli.output import print_json, say
+from motorpool.cli.output import print_json, say, write_whole
 from motorpool.cli.process import run
+from motorpool.cli.running import CELL_FILE, SERVE_LOCK, RunningCell
 from motorpool.server.main import ServerConfig, ServerReady, run_server
 
 
@@ -64,9 +67,15 @@ def serve(
     )
 
     def ready(found: ServerReady) -> None:
+        running = RunningCell(base_url=found.base_url, admin_url=found.admin_url, admin_key=found.admin_key)
+        write_whole(data / CELL_FILE, msgspec.json.encode(running) + b"\n", mode=0o600)
         if as_json:
             print_json(found)
         else:
             say(f"The API is {found.base_url}, the operator's address {found.admin_url} (its key: {data}/admin.key)")
 
-    run(run_server(config, ready))
+    with private_files(), take(data, SERVE_LOCK, "control plane", "give this one a folder of its own with --data"):
+        try:
+            run(run_server(config, ready))
+        finally:
+            (data / CELL_FILE).unlink(missing_ok=True)

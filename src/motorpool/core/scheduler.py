@@ -26,6 +26,7 @@ from motorpool.core.jobs import DONE, LEASED, NOBODY, Job, Lease, Waiting
 from motorpool.core.ledger import settle
 from motorpool.core.pricing import Shares, cost_micro, extend, split, trim
 from motorpool.types import ReturnReason, VehicleState
+from motorpool.wire import State
 
 TICK_MS: Final = 1_000
 SILENT_AFTER_MS: Final = 20_000  # no report for so long: the vehicle is taken for gone
@@ -233,12 +234,11 @@ class Scheduler:
             vehicle.incarnation = state.incarnation
         elif vehicle.state is not None and state.seq <= vehicle.state.seq and not vehicle.offline:
             return []
-        before = "offline" if vehicle.offline or vehicle.state is None else vehicle.state.state.value
+        before = _in_words(None if vehicle.offline else vehicle.state)
         vehicle.state, vehicle.seen_ms, vehicle.offline = state, now_ms, False
         self._recount(vehicle)
-        if before != state.state.value:
-            why = ", ".join(reason.code.value for reason in state.reasons)
-            commands.append(ev.Note(subject=vehicle.vehicle_id, what=state.state.value + (f": {why}" if why else "")))
+        if before != _in_words(state):
+            commands.append(ev.Note(subject=vehicle.vehicle_id, what=_in_words(state)))
         commands += self._reconcile(vehicle, now_ms)
         return commands + self._fill(vehicle, now_ms)
 
@@ -600,9 +600,13 @@ class Scheduler:
                 break
         return best[1] if best else None
 
+    def serving(self, model: str) -> int:
+        """How many vehicles could run this model now."""
+        return self._serving.get(model, 0)
+
     def serves(self, model: str) -> bool:
-        """Whether any vehicle could run this model now."""
-        return self._serving.get(model, 0) > 0
+        """Whether any could."""
+        return self.serving(model) > 0
 
     def live_began(self, vehicle_id: str) -> None:
         """A live request was sent to this vehicle."""
@@ -674,3 +678,11 @@ class Scheduler:
             denied = vehicle.state is not None and vehicle.state.state is VehicleState.DENIED
             assert not (denied and vehicle.usable(1 << 60)), "a denied vehicle gets nothing"
         assert present == {model: count for model, count in self._serving.items() if count}
+
+
+def _in_words(state: State | None) -> str:
+    """What a vehicle does and, when it may not work, why."""
+    if state is None:
+        return "offline"
+    why = ", ".join(reason.code.value for reason in state.reasons)
+    return state.state.value + (f": {why}" if why else "")

@@ -100,6 +100,9 @@ class Cell(Protocol):
         Raises CapacityError when no vehicle can serve.
         """
 
+    def serving(self, model: str) -> int:
+        """How many vehicles could run a model now."""
+
     def live(self, request: LiveRequest) -> AsyncIterator[LiveTokens | LiveAnswer]:
         """Run a live request; closing the iterator early cancels it on the vehicle.
 

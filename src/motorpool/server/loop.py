@@ -192,6 +192,10 @@ class CellLoop:
         """Run a plain live request; see ``Cell.answer``."""
         return await self.desk.answer(request)
 
+    def serving(self, model: str) -> int:
+        """How many vehicles could run a model now."""
+        return self.scheduler.serving(model)
+
     def live(self, request: LiveRequest) -> AsyncIterator[LiveTokens | LiveAnswer]:
         """Run a live request; see ``Cell.live``."""
         return self.desk.run(request)

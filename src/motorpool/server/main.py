@@ -27,6 +27,7 @@ from motorpool.server.admin.app import Admin
 from motorpool.server.loop import CellLoop
 from motorpool.server.openai.app import build_app
 from motorpool.server.openai.files import expire_files, sweep_blobs
+from motorpool.server.openai.heads import BoundedProtocol
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.store.blobs import BlobStore
 from motorpool.store.database import Database
@@ -35,6 +36,7 @@ from motorpool.trust.credentials import load_identity, write_secret
 log = logging.getLogger(__name__)
 
 FILE_SWEEP_S: Final = 600
+CONNECT_PAUSE_S: Final = 0.25
 CONNECT_PATIENCE_S: Final = 30
 DRAIN_S: Final = 2
 
@@ -155,7 +157,9 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        link = await connect_patiently(lambda: CellLink.connect(urls, identity, cell.on_link))
+        link = await connect_patiently(lambda: CellLink.connect(urls, identity, cell.on_link), stop)
+        if link is None:
+            return
         await cell.start(link)
         key = admin_key(data_dir)
         admin = Admin(cell, identity, config.vehicle_urls or urls, key, config.currency)
@@ -185,16 +189,30 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
             await nats.stop()
 
 
-async def connect_patiently(connect: Callable[[], Awaitable[CellLink]]) -> CellLink:
-    """The message server may still be starting: try for a while."""
+async def connect_patiently(connect: Callable[[], Awaitable[CellLink]], stop: asyncio.Event) -> CellLink | None:
+    """The message server may still be starting: try for a while; None when told to stop meanwhile."""
     deadline = asyncio.get_running_loop().time() + CONNECT_PATIENCE_S
-    while True:
-        try:
-            return await connect()
-        except BusError:
-            if asyncio.get_running_loop().time() > deadline:
-                raise
-            await asyncio.sleep(0.25)
+    stopped = asyncio.ensure_future(stop.wait())
+    said = False
+    try:
+        while True:
+            trying = asyncio.ensure_future(connect())
+            await asyncio.wait({trying, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                trying.cancel()
+                await asyncio.gather(trying, return_exceptions=True)
+                return None
+            try:
+                return trying.result()
+            except BusError as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                if not said:
+                    log.warning("%s; trying on for %.0f s", error.message, CONNECT_PATIENCE_S)
+                    said = True
+            await asyncio.wait({stopped}, timeout=CONNECT_PAUSE_S)
+    finally:
+        stopped.cancel()
 
 
 def address(server: socket.socket) -> str:
@@ -207,7 +225,7 @@ def serve(app: object, listener: socket.socket) -> tuple[uvicorn.Server, asyncio
     """Serve an ASGI application on a socket that listens already."""
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http="httptools",
+        http=BoundedProtocol,
         loop="none",
         lifespan="off",
         ws="none",

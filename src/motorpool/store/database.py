@@ -8,6 +8,8 @@ Called by: ``server.loop`` and the commands that work on a stopped or running ce
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 from importlib import resources
 from pathlib import Path
@@ -35,8 +37,13 @@ class Database:
             self.reader.execute("PRAGMA query_only = ON")
         except sqlite3.Error as error:
             raise translate(error, path) from error
+        except OSError as error:
+            raise StoreError(f"{path} cannot be made: {error.strerror}") from error
 
     def _open(self) -> sqlite3.Connection:
+        # SQLite gives its other files the mode of this one, and all of them hold what customers asked and got.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         # The commit runs in another thread while the loop waits for it: never two threads at once.
         connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000

@@ -96,9 +96,14 @@ class TokenCount:
         entries = [] if self._top is None else [_openai_entry(entry, self._top) for entry in reported]
         return Piece(text=text, ids=ids, entries=entries)
 
-    def rest(self, made: int) -> list[int]:
-        """Tokens that were made, count as part of the answer, and have left no text: half a character at the limit."""
-        return [-1] * max(0, made - self._seen + sum(1 for number in self._silent if number == -1))
+    def rest(self, made: int, *, ended: bool) -> list[int]:
+        """Tokens that count as part of the answer and have left no text: half a character at the limit, a tool call.
+
+        ``made`` are all that llama.cpp made. If the model ``ended`` the answer, the last one is how it said so, which
+        is no part of the answer.
+        """
+        ids = [*self._silent, *[-1] * max(0, made - self._seen)]
+        return ids[:-1] if ended else ids
 
     def _whole(self, text: str, ids: list[int], made: int) -> list[int]:
         if made <= len(ids):

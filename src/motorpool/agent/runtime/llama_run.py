@@ -14,7 +14,8 @@ the tokens that were generated. Three things bound this:
   it may be cut into other tokens than the ones that were generated.
 * Under ``response_format`` and with tools the carried text goes to llama.cpp as the beginning of the assistant's
   message, because only so does its grammar stand where the text ends. The result is valid JSON, but tokens under a
-  grammar are often not those that the tokenizer would choose, so the rest may differ from the unbroken run.
+  grammar are often not those that the tokenizer would choose, so the rest may differ from the unbroken run. An answer
+  in JSON that begins here is generated as text, under a grammar that allows nothing around the JSON.
 
 With a temperature above 0 the continuation is drawn anew, as the state of the random numbers is not carried. Requests
 for several choices are not continued; they start again. A tool call that had begun starts again after the text.
@@ -32,6 +33,7 @@ from motorpool.agent.runtime.answer import Choice, Entry
 from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Progressed, Work
 from motorpool.agent.runtime.flow import Flow, Piece
 from motorpool.agent.runtime.llama_chunks import CHUNK, Chunk, TokenCount
+from motorpool.agent.runtime.llama_grammar import Grammars, Handle, closed
 from motorpool.agent.runtime.llama_socket import LlamaSocket, refusal
 from motorpool.agent.runtime.request import Body, ChatBody, parse, stops_of
 from motorpool.agent.runtime.spec import EngineSpec
@@ -70,6 +72,7 @@ class Model(msgspec.Struct, kw_only=True):
     server: Server
     socket: LlamaSocket
     fingerprint: str
+    grammars: Grammars = msgspec.field(default_factory=Grammars)
 
 
 class _Cancelled(Exception):  # noqa: N818  # no error: it carries the news through llama.cpp's callback
@@ -101,7 +104,7 @@ class Run:
 
     def _answer(self) -> EngineEvent:
         body = parse(self._work.kind, self._work.body)
-        if isinstance(body, ChatBody) and body.tools and body.logprobs:
+        if isinstance(body, ChatBody) and body.may_call_tools and body.logprobs:
             raise CallerError(
                 "logprobs cannot be had together with tools on this model", code="unsupported_value", param="logprobs"
             )
@@ -129,7 +132,7 @@ class Run:
         messages = msgspec.json.encode(body.messages)
         extra = {} if body.chat_template_kwargs is None else {"chat_template_kwargs": body.chat_template_kwargs}
         plain = self._model.socket.template(messages, extra)
-        if not body.tools or body.tool_choice == "none":
+        if not body.may_call_tools:
             return plain
         tools = {name: getattr(body, name) for name in _TOOLS if getattr(body, name) is not None}
         try:
@@ -218,11 +221,8 @@ class _Generation:
 
     @property
     def _shaped(self) -> bool:
-        """Whether a grammar or a tool parser is at work, which only the chat route of llama.cpp has."""
-        body = self._body
-        if not isinstance(body, ChatBody):
-            return False
-        return bool(body.tools) or (body.response_format or {}).get("type", "text") != "text"
+        """Whether a grammar or a tool parser is at work, which only the chat route of llama.cpp can continue."""
+        return isinstance(self._body, ChatBody) and (self._body.may_call_tools or self._body.wants_json)
 
     def _generate(self, carried: Checkpoint | None, ids: list[int], left: int | None) -> None:
         text = "" if carried is None else carried.text
@@ -242,15 +242,28 @@ class _Generation:
             request["seed"] = (self._body.seed + self._repeat) & _SEED_BITS
         tops = max(1, self._body.top or 0)  # one at least, as the ids of the tokens come with the logprobs
         server = self._run.model.server
-        if self._shaped:
+        grammar = None if text else self._grammar()
+        if self._shaped and grammar is None:
             request |= self._shape(text)
             if "tools" not in request:  # llama.cpp does not stream both; the ids stay unknown then
                 request |= {"logprobs": True, "top_logprobs": tops}
             self._call(server.handle_chat_completions, request)
         else:
             request |= {"prompt": self._continued(text, ids), "logprobs": tops}
+            if grammar is not None:
+                request["grammar"] = grammar
             self._call(server.handle_completions, request)
         self._settle(len(ids), exact=bool(ids) or carried is None)
+
+    def _grammar(self) -> str | None:
+        """The grammar of an answer in JSON that begins here; raise CallerError for a schema that cannot be followed."""
+        body = self._body
+        if not isinstance(body, ChatBody) or not body.wants_json:
+            return None
+        assert body.response_format is not None
+        model = self._run.model
+        grammar = model.grammars.of(body.response_format, model.server.handle_chat_completions)
+        return None if body.may_call_tools else grammar
 
     def _continued(self, text: str, ids: list[int]) -> str | list[Any]:
         if not text:
@@ -267,21 +280,20 @@ class _Generation:
         if text:
             messages.append({"role": "assistant", "content": text})
         fields: dict[str, Any] = {"messages": messages}
-        for name in (*_TOOLS, "chat_template_kwargs"):
+        for name in (*(_TOOLS if self._body.may_call_tools else ()), "chat_template_kwargs"):
             if getattr(self._body, name) is not None:
                 fields[name] = getattr(self._body, name)
         if self._body.response_format is not None:
             fields["response_format"] = closed(self._body.response_format)
         return fields
 
-    def _call(self, handle: Callable[[bytes, Callable[[bytes], bool]], object], request: dict[str, Any]) -> None:
+    def _call(self, handle: Handle, request: dict[str, Any]) -> None:
         if self._run.cancelled:
             raise _Cancelled
         try:
             handle(msgspec.json.encode(request), self._on_chunk)
         except (ValueError, RuntimeError) as error:  # what xllamacpp raises for a request that llama.cpp refuses
-            param = "response_format" if self._shaped and not getattr(self._body, "tools", None) else None
-            raise refusal(str(error), param) from error
+            raise refusal(str(error), self._blamed) from error
         if self._run.cancelled:
             raise _Cancelled
         if self._failure is not None:
@@ -352,15 +364,23 @@ class _Generation:
         else:
             self.prompt_tokens = self._count_prompt()
         self.cached_tokens = min(self.cached_tokens, self.prompt_tokens)
-        if self._reason == "length" or self._tools:  # a call's tokens leave no text either
-            rest = self._count.rest(self._made)
+        if self._reason is not None and not self._flow.stopped:
+            rest = self._count.rest(self._made, ended=self._reason != "length")
             if rest:
                 self._give_out([Piece(text="", ids=rest, entries=[])], None)
 
     def _refused(self, error: dict[str, Any]) -> MotorpoolError:
-        if int(error.get("code", 500)) < 500:
-            return refusal(error, "response_format" if self._shaped else None)
-        return EngineError("llama.cpp failed")
+        if int(error.get("code", 500)) >= 500:
+            return EngineError("llama.cpp failed")
+        if isinstance(self._prompt, list) and "invalid tokens" in str(error.get("message")):
+            return CallerError("prompt holds tokens that the model does not have", code="invalid_value", param="prompt")
+        return refusal(error, self._blamed)
+
+    @property
+    def _blamed(self) -> str | None:
+        """The field that is most likely at fault if llama.cpp refuses the request."""
+        body = self._body
+        return "response_format" if isinstance(body, ChatBody) and body.wants_json and not body.tools else None
 
     def _count_prompt(self) -> int:
         if isinstance(self._prompt, str):
@@ -374,38 +394,6 @@ class _Generation:
         if not getattr(self._body, "echo", False):
             return ""
         return self._prompt if isinstance(self._prompt, str) else self._socket.text(self._prompt)
-
-
-def closed(response_format: dict[str, Any]) -> dict[str, Any]:
-    """The same format with objects that have no further properties, unless the schema speaks of them.
-
-    Every instance stays valid, and a small model does not go on inventing properties.
-    """
-    outer = response_format.get("json_schema")
-    if not isinstance(outer, dict) or not isinstance(outer.get("schema"), dict):
-        return response_format
-    return response_format | {"json_schema": outer | {"schema": _close(outer["schema"])}}
-
-
-def _close(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_close(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    # Names of properties and values of enum and const are data, not schemas.
-    out = {
-        key: ({name: _close(part) for name, part in value.items()} if _names_schemas(key, value) else _close(value))
-        if key not in {"enum", "const", "default", "examples", "required"}
-        else value
-        for key, value in schema.items()
-    }
-    if "properties" in out and "additionalProperties" not in out and not {"allOf", "anyOf", "oneOf"} & set(out):
-        out["additionalProperties"] = False
-    return out
-
-
-def _names_schemas(key: str, value: Any) -> bool:
-    return key in {"properties", "$defs", "definitions", "patternProperties"} and isinstance(value, dict)
 
 
 def _broken(message: str) -> MotorpoolError:

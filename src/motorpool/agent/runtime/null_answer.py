@@ -34,10 +34,12 @@ class Plan(msgspec.Struct, kw_only=True):
     """The whole answer of one attempt, before any of it is given out.
 
     ``choices`` holds the pieces of each choice, ``carried`` of the first one were given out by earlier vehicles.
+    ``echoes`` is what the text of each choice begins with.
     """
 
     work: Work
     choices: list[list[Piece]]
+    echoes: list[str]
     reasons: list[str]
     prompt_tokens: int
     carried: int
@@ -61,8 +63,8 @@ def plan(spec: EngineSpec, work: Work) -> Plan:
     if prompt_tokens > spec.context_tokens:
         raise answer.context_length_exceeded(work.kind, prompt_tokens, spec.context_tokens)
     choices, reasons = [], []
-    prompts = 1 if isinstance(body, ChatBody) else len(body.prompts)
-    for index in range((body.n or 1) * prompts):
+    echoes = _echoes(body)
+    for index in range(len(echoes)):
         pieces, reason = _choice(spec, work, body, index)
         choices.append(pieces)
         reasons.append(reason)
@@ -71,6 +73,7 @@ def plan(spec: EngineSpec, work: Work) -> Plan:
     return Plan(
         work=work,
         choices=choices,
+        echoes=echoes,
         reasons=reasons,
         prompt_tokens=prompt_tokens,
         carried=carried,
@@ -87,6 +90,7 @@ def finish(spec: EngineSpec, made: Plan) -> Finished:
             text="".join(piece.text for piece in pieces),
             finish_reason=reason,
             entries=[entry for piece in pieces for entry in piece.entries] if made.logprobs else None,
+            echo=made.echoes[index],
         )
         for index, (pieces, reason) in enumerate(zip(made.choices, made.reasons, strict=True))
     ]
@@ -162,6 +166,19 @@ def _choice(spec: EngineSpec, work: Work, body: Body, index: int) -> tuple[list[
     flow = Flow(stops)
     out = [ready for piece in pieces for ready in flow.feed(piece)]
     return out + flow.end(), "stop" if flow.stopped else reason
+
+
+def _echoes(body: Body) -> list[str]:
+    """What each choice begins with: its prompt if the request wants it back, nothing otherwise."""
+    count = body.n or 1
+    if isinstance(body, ChatBody):
+        return [""] * count
+    return [_text(prompt) if body.echo else "" for prompt in body.prompts for _ in range(count)]
+
+
+def _text(prompt: str | list[int]) -> str:
+    """A prompt as text; a token of the null engine is the number of a word."""
+    return prompt if isinstance(prompt, str) else " ".join(WORDS[token % len(WORDS)] for token in prompt)
 
 
 def _picks(work: Work, choice: int, count: int) -> bytes:

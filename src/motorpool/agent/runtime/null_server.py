@@ -102,6 +102,8 @@ class NullServer:
             for index in range(len(plan.choices)):
                 await self._event(plan, [_chunk(index, {"delta": role})], send, with_usage=with_usage)
         for index, pieces in enumerate(plan.choices):
+            if plan.echoes[index]:
+                await self._event(plan, [_chunk(index, {"text": plan.echoes[index]})], send, with_usage=with_usage)
             for piece in pieces:
                 if rate > 0:
                     await asyncio.sleep(1 / rate)

@@ -17,6 +17,8 @@ from motorpool.types import Kind
 MAX_STOPS: Final = 4  # OpenAI's bound
 MAX_CHOICES: Final = 128  # OpenAI's bound
 MAX_TOP_LOGPROBS: Final = 20  # OpenAI's bound
+MAX_TOKEN_ID: Final = 2**31 - 1  # what engines count in
+COMPLETION_TOKENS: Final = 16  # how long a completion becomes when its request names no length; OpenAI's default
 _FIELD = re.compile(r"at `\$\.?([A-Za-z_]*)")
 
 
@@ -40,7 +42,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatBody(Sampling, frozen=True, kw_only=True):
-    """The body of a chat completion. ``messages`` stay as they came: the chat template judges them."""
+    """The body of a chat completion.
+
+    ``messages`` stay as they came, as the chat template judges them; only refusals among their parts are text here.
+    """
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -50,12 +55,24 @@ class ChatBody(Sampling, frozen=True, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    functions: Any = None
+    function_call: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def limit_tokens(self) -> int | None:
         """The longest answer that the customer wants, None if not said."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def may_call_tools(self) -> bool:
+        """Whether the answer may hold tool calls."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def wants_json(self) -> bool:
+        """Whether the answer must be JSON."""
+        return self.response_format is not None and self.response_format.get("type", "text") != "text"
 
     @property
     def top(self) -> int | None:
@@ -73,9 +90,9 @@ class CompletionBody(Sampling, frozen=True, kw_only=True):
     suffix: str | None = None
 
     @property
-    def limit_tokens(self) -> int | None:
-        """The longest answer that the customer wants, None if not said."""
-        return self.max_tokens
+    def limit_tokens(self) -> int:
+        """The longest answer that the customer wants."""
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def top(self) -> int | None:
@@ -113,7 +130,7 @@ _completion = msgspec.json.Decoder(_RawCompletion)
 def parse(kind: Kind, data: bytes) -> Body:
     """Decode and check a body; raise CallerError with the name of the field at fault."""
     try:
-        body = _chat.decode(data) if kind is Kind.CHAT else _prompted(_completion.decode(data))
+        body = _spoken(_chat.decode(data)) if kind is Kind.CHAT else _prompted(_completion.decode(data))
     except msgspec.ValidationError as error:
         raise _misfit(str(error)) from error
     except msgspec.DecodeError as error:
@@ -134,6 +151,21 @@ def stops_of(body: Body) -> tuple[str, ...]:
     return tuple(word for word in ([stop] if isinstance(stop, str) else stop) if word)
 
 
+def _spoken(body: ChatBody) -> ChatBody:
+    """The body with refusals as text: they are what the assistant said, and chat templates know text alone."""
+    for message in body.messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            message["content"] = [_as_text(part) for part in content]
+    return body
+
+
+def _as_text(part: Any) -> Any:
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
+
+
 def _prompted(raw: _RawCompletion) -> CompletionBody:
     prompt = raw.prompt
     if isinstance(prompt, list):
@@ -146,7 +178,11 @@ def _prompted(raw: _RawCompletion) -> CompletionBody:
                 param="prompt",
             )
     fields = {name: getattr(raw, name) for name in raw.__struct_fields__}
-    return CompletionBody(**fields)
+    body = CompletionBody(**fields)
+    tokens = [prompt for prompt in body.prompts if isinstance(prompt, list)]
+    if any(not 0 <= token <= MAX_TOKEN_ID for prompt in tokens for token in prompt):
+        raise CallerError(f"prompt: a token is a number from 0 to {MAX_TOKEN_ID}", code="invalid_value", param="prompt")
+    return body
 
 
 def _misfit(message: str) -> CallerError:
@@ -169,12 +205,21 @@ def _check(body: Body) -> None:
             raise CallerError("messages is empty", code="invalid_value", param="messages")
         _between("max_completion_tokens", body.max_completion_tokens, 1, None)
         _between("top_logprobs", body.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+            if getattr(body, field) is not None:
+                raise CallerError(f"{field} is not served: send {instead}", code="unsupported_parameter", param=field)
+        if body.tool_choice not in (None, "none", "auto") and not body.tools:
+            raise CallerError("tool_choice needs tools", code="invalid_value", param="tool_choice")
     else:
         _between("logprobs", body.logprobs, 0, MAX_TOP_LOGPROBS)
         if body.suffix:
             raise CallerError("suffix is not supported by this model", code="unsupported_parameter", param="suffix")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise CallerError("best_of must equal n", code="unsupported_value", param="best_of")
+        if body.echo and body.logprobs is not None:
+            raise CallerError(
+                "logprobs of an echoed prompt are not served", code="unsupported_parameter", param="logprobs"
+            )
     _between("max_tokens", body.max_tokens, 1, None)
     _between("n", body.n, 1, MAX_CHOICES)
     _between("temperature", body.temperature, 0, 2)

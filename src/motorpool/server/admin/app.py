@@ -6,6 +6,7 @@ Shows counts, states and reasons; never prompts, results, places or keys of cust
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -24,6 +25,7 @@ from motorpool.trust.credentials import CellIdentity
 
 RECENT_BATCHES: Final = 20
 MAX_STORY: Final = 500
+_PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -174,6 +176,10 @@ class Admin:
             new = msgspec.json.decode(await request.body(), type=NewVehicle)
         except msgspec.DecodeError as error:
             raise CallerError(f"the body is not an enrolment: {error}") from error
+        if new.owner_key and not _PUBLIC_KEY.fullmatch(new.owner_key):
+            raise CallerError(
+                "owner_key is no public key: it is the content of owner.pub", code="invalid_value", param="owner_key"
+            )
         credentials = self._identity.enrol(new.vehicle_id, self._urls, self._cell.now_ms() // 1000)
         now = self._cell.now_ms()
         await self._cell.write(

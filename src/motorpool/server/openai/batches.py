@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Raw
 
-from motorpool.errors import CallerError
+from motorpool.errors import CallerError, NotFoundError
 from motorpool.server.cell import Cell
 from motorpool.server.openai.decoding import decode
 from motorpool.server.openai.exchange import Exchange
@@ -95,10 +95,11 @@ class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchExtra(msgspec.Struct, frozen=True, kw_only=True):
-    """What OpenAI has no field for: tokens that a vehicle took over from another, and the cost so far."""
+    """What OpenAI has no field for: tokens that a vehicle took over from another, the cost so far, who could run it."""
 
     carried_tokens: int
     cost_micro: int
+    vehicles: int
 
 
 class BatchObject(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,8 +140,8 @@ class BatchList(msgspec.Struct, frozen=True, kw_only=True):
     has_more: bool
 
 
-def batch_object(row: BatchRow) -> BatchObject:
-    """The customer's view of a row."""
+def batch_object(row: BatchRow, vehicles: int) -> BatchObject:
+    """The customer's view of a row; ``vehicles`` could run its model now."""
     return BatchObject(
         id=row.batch_id,
         endpoint=row.endpoint,
@@ -168,7 +169,7 @@ def batch_object(row: BatchRow) -> BatchObject:
             total_tokens=row.prompt_tokens + row.completion_tokens,
         ),
         metadata=None if row.metadata is None else Raw(row.metadata.encode()),
-        motorpool=BatchExtra(carried_tokens=row.carried_tokens, cost_micro=row.cost_micro),
+        motorpool=BatchExtra(carried_tokens=row.carried_tokens, cost_micro=row.cost_micro, vehicles=vehicles),
     )
 
 
@@ -216,7 +217,10 @@ class BatchRoutes:
         )
 
         def change(connection: Connection) -> BatchRow:
-            file = customer.customers_file(connection, exchange.account, new.input_file_id, now_ms)
+            try:
+                file = customer.customers_file(connection, exchange.account, new.input_file_id, now_ms)
+            except NotFoundError as error:
+                raise NotFoundError(error.message, code=error.code, param="input_file_id") from None
             if file.purpose != "batch":
                 raise CallerError(
                     "the input file must have been uploaded with purpose batch",
@@ -227,14 +231,14 @@ class BatchRoutes:
 
         row = await self._cell.write(change)
         self._validation.begin(row)
-        await exchange.answer_object(batch_object(row))
+        await exchange.answer_object(self._object(row))
 
     async def page(self, exchange: Exchange, _: str) -> None:
         """GET /v1/batches."""
         query = exchange.query()
         limit = page_limit(query, DEFAULT_BATCHES_PAGE, MAX_BATCHES_PAGE)
         rows, more = customer.list_batches(self._cell.reader, exchange.account, limit=limit, after=query.get("after"))
-        data = [batch_object(row) for row in rows]
+        data = [self._object(row) for row in rows]
         await exchange.answer_object(
             BatchList(
                 data=data,
@@ -246,7 +250,7 @@ class BatchRoutes:
 
     async def show(self, exchange: Exchange, batch_id: str) -> None:
         """GET /v1/batches/{batch_id}."""
-        await exchange.answer_object(batch_object(self._row(exchange, batch_id)))
+        await exchange.answer_object(self._object(self._row(exchange, batch_id)))
 
     async def cancel(self, exchange: Exchange, batch_id: str) -> None:
         """POST /v1/batches/{batch_id}/cancel; repeating it on a batch that is cancelling or cancelled is fine."""
@@ -256,7 +260,10 @@ class BatchRoutes:
             row = self._row(exchange, batch_id)
         if row.status not in {BatchStatus.CANCELLING, BatchStatus.CANCELLED}:
             await self._cell.cancel_batch(row.batch_no)
-        await exchange.answer_object(batch_object(self._row(exchange, batch_id)))
+        await exchange.answer_object(self._object(self._row(exchange, batch_id)))
+
+    def _object(self, row: BatchRow) -> BatchObject:
+        return batch_object(row, 0 if row.model is None else self._cell.serving(row.model))
 
     def _row(self, exchange: Exchange, batch_id: str) -> BatchRow:
         return customer.customers_batch(self._cell.reader, exchange.account, batch_id)

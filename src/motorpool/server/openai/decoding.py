@@ -48,6 +48,15 @@ def decode(decoder: msgspec.json.Decoder[T], data: bytes | memoryview) -> T:
         raise CallerError("the JSON cannot be read: it is nested too deeply", code="invalid_json") from None
 
 
+def whole_number(text: str, low: int, high: int) -> int | None:
+    """The number that a query or a form has as text; None if it is no whole number from ``low`` to ``high``."""
+    # The length comes first: a long number takes long to read, and Python refuses the longest ones.
+    if len(text) > len(str(high)) or not (text.isascii() and text.isdecimal()):
+        return None
+    number = int(text)
+    return number if low <= number <= high else None
+
+
 def _where(message: str, length: int) -> str:
     if message.startswith("Input data was truncated"):
         return f"it ends too early (byte {length})"
@@ -56,13 +65,15 @@ def _where(message: str, length: int) -> str:
 
 def _misfit(message: str) -> CallerError:
     found = _PLACE.search(message)
-    path = found["path"] if found else ""
+    # msgspec names the key of a map by ``[...]``: the customer's field is the map.
+    path, inside, _ = (found["path"] if found else "").partition("[...]")
     text = message[: found.start()] if found else message
     missing = _MISSING.match(text)
     if missing:
         param = f"{path}.{missing[1]}" if path else missing[1]
         return CallerError(f"{param} is missing", code="missing_required_parameter", param=param)
-    what = f"a key of {path}" if found and found["key"] else path or "the body"
+    part = "a key of " if found and found["key"] else "a value of " if inside else ""
+    what = f"{part}{path}" if path else "the body"
     if text.startswith("Invalid "):
         return CallerError(f"{what} {_allowed(path)}", code="invalid_value", param=path or None)
     code = "invalid_type" if ", got " in text else "invalid_value"

@@ -61,6 +61,11 @@ _RUN: Final = secrets.token_hex(8)
 _numbers = itertools.count(1)
 
 
+def new_request_id() -> str:
+    """The next id of a request."""
+    return f"req_{_RUN}{next(_numbers):016x}"
+
+
 class Exchange:
     """One request and its response. ``account`` is set once the key was found good."""
 
@@ -79,7 +84,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, clock: Callable[[], int]) -> None:
         self.scope = scope
-        self.request_id = f"req_{_RUN}{next(_numbers):016x}"
+        self.request_id = new_request_id()
         self.account = ""
         self.responding = False
         self.body_was_read = False
@@ -136,11 +141,17 @@ class Exchange:
             raise TooLargeError(f"the body is over the limit of {max_bytes} bytes", code="body_too_large")
         return body
 
-    def refuse_length_over(self, max_bytes: int, what: str, code: str) -> None:
-        """Refuse a body that announces itself as too long before any of it is read. Raises TooLargeError."""
-        length = self.header(b"content-length")
-        if length.isdigit() and int(length) > max_bytes:
-            raise TooLargeError(f"{what} is over the limit of {max_bytes} bytes", code=code)
+    def refuse_length_over(
+        self, max_bytes: int, what: str, code: str, *, param: str | None = None, overhead_bytes: int = 0
+    ) -> None:
+        """Refuse a body that announces itself as too long before any of it is read. Raises TooLargeError.
+
+        ``overhead_bytes`` is what a body may be longer than what it carries.
+        """
+        length = self.header(b"content-length").lstrip(b"0")
+        most = max_bytes + overhead_bytes
+        if length.isdigit() and (len(length) > len(str(most)) or int(length) > most):
+            raise TooLargeError(f"{what} is over the limit of {max_bytes} bytes", code=code, param=param)
 
     async def gone(self) -> None:
         """Wait until the client closes the connection. Only after the body was read."""

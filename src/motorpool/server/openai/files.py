@@ -16,6 +16,7 @@ import msgspec
 
 from motorpool.errors import CallerError, ConflictError
 from motorpool.server.cell import Cell
+from motorpool.server.openai.decoding import whole_number
 from motorpool.server.openai.exchange import Attendance, Exchange
 from motorpool.server.openai.settings import DAY_S, MAX_EXPIRY_S, MAX_FILES_PAGE, MIN_EXPIRY_S, ApiSettings
 from motorpool.server.openai.uploads import MAX_FORM_OVERHEAD_BYTES, Upload
@@ -80,11 +81,8 @@ class FileRoutes:
 
     async def upload(self, exchange: Exchange, _: str) -> None:
         """POST /v1/files."""
-        settings = self._settings
         exchange.refuse_length_over(
-            max(settings.max_file_bytes, settings.max_batch_bytes) + MAX_FORM_OVERHEAD_BYTES,
-            "the file",
-            "file_too_large",
+            self._limit({}), "the file", "file_too_large", param="file", overhead_bytes=MAX_FORM_OVERHEAD_BYTES
         )
         upload = Upload(exchange, self._cell.blobs, self._limit)
         try:
@@ -140,13 +138,14 @@ class FileRoutes:
             raise CallerError(
                 "expires_after.anchor must be created_at", code="invalid_value", param="expires_after.anchor"
             )
-        if seconds is None or not seconds.isdecimal() or not MIN_EXPIRY_S <= int(seconds[:12]) <= MAX_EXPIRY_S:
+        kept_s = None if seconds is None else whole_number(seconds, MIN_EXPIRY_S, MAX_EXPIRY_S)
+        if kept_s is None:
             raise CallerError(
                 f"expires_after.seconds must be {MIN_EXPIRY_S} to {MAX_EXPIRY_S}",
                 code="invalid_value",
                 param="expires_after.seconds",
             )
-        return now_ms + int(seconds) * 1000
+        return now_ms + kept_s * 1000
 
     async def page(self, exchange: Exchange, _: str) -> None:
         """GET /v1/files."""
@@ -231,9 +230,10 @@ def page_limit(query: dict[str, str], default: int, maximum: int) -> int:
     text = query.get("limit")
     if text is None:
         return default
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= maximum:
+    limit = whole_number(text, 1, maximum)
+    if limit is None:
         raise CallerError(f"limit must be 1 to {maximum}", code="invalid_value", param="limit")
-    return int(text)
+    return limit
 
 
 async def expire_files(cell: Cell) -> int:

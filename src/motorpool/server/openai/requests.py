@@ -26,6 +26,8 @@ MAX_METADATA_KEY_CHARS: Final = 64
 MAX_METADATA_VALUE_CHARS: Final = 512
 MAX_MODEL_CHARS: Final = 256
 MAX_TOOLS: Final = 128
+MAX_TOKEN_ID: Final = 2**31 - 1
+COMPLETION_TOKENS: Final = 16  # how long a completion becomes when its request names no length; the engines' default
 
 Model = Annotated[str, Meta(min_length=1, max_length=MAX_MODEL_CHARS)]
 Metadata = Annotated[
@@ -57,7 +59,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: Literal["user", "system", "assistant", "developer", "tool", "function"]
     content: str | list[ContentPart] | None = None
     tool_calls: list[Raw] | None = None
-    function_call: Raw | None = None
+    function_call: object = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -132,8 +134,8 @@ class ChatRequest(Shared, frozen=True, kw_only=True):
     tools: Annotated[list[ToolKind], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Raw] | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Raw] | None = None
-    function_call: str | dict[str, Raw] | None = None
+    functions: object = None
+    function_call: object = None
     metadata: Metadata | None = None
     modalities: list[str] | None = None
     audio: Raw | None = None
@@ -155,7 +157,7 @@ class ChatRequest(Shared, frozen=True, kw_only=True):
     @property
     def may_call_tools(self) -> bool:
         """Whether the answer may hold tool calls, which cannot be told from text before the end."""
-        return bool(self.tools or self.functions) and self.tool_choice != "none" and self.function_call != "none"
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 class CompletionRequest(Shared, frozen=True, kw_only=True):
@@ -168,9 +170,9 @@ class CompletionRequest(Shared, frozen=True, kw_only=True):
     suffix: str | None = None
 
     @property
-    def limit_tokens(self) -> int | None:
-        """How long each choice may become, None if not said."""
-        return self.max_tokens
+    def limit_tokens(self) -> int:
+        """How long each choice may become."""
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -208,16 +210,21 @@ def check_chat(request: ChatRequest) -> None:
         )
     if request.modalities is not None and request.modalities != ["text"]:
         raise CallerError("modalities: only text is served", code="unsupported_parameter", param="modalities")
-    if isinstance(request.tool_choice, str):
-        _check_tool_choice(request.tool_choice, bool(request.tools))
+    _check_tools(request)
     _check_stream(request)
 
 
 def _check_message(index: int, message: ChatMessage) -> None:
     content = message.content
     place = f"messages[{index}]"
+    if message.function_call is not None:
+        raise CallerError(
+            f"{place}.function_call is not served: send tool_calls",
+            code="unsupported_parameter",
+            param=f"{place}.function_call",
+        )
     if content is None:
-        if message.role != "assistant" or (message.tool_calls is None and message.function_call is None):
+        if message.role != "assistant" or message.tool_calls is None:
             raise CallerError(
                 f"{place}.content is missing", code="missing_required_parameter", param=f"{place}.content"
             )
@@ -239,13 +246,18 @@ def _check_part(place: str, part: ContentPart) -> None:
         raise CallerError(f"{param} is missing", code="missing_required_parameter", param=param)
 
 
-def _check_tool_choice(choice: str, has_tools: bool) -> None:
-    if choice not in {"none", "auto", "required"}:
+def _check_tools(request: ChatRequest) -> None:
+    # The fields that tools took the place of: no engine knows them, and dropping them would change the answer.
+    for field, instead in (("functions", "tools"), ("function_call", "tool_choice")):
+        if getattr(request, field) is not None:
+            raise CallerError(f"{field} is not served: send {instead}", code="unsupported_parameter", param=field)
+    choice = request.tool_choice
+    if isinstance(choice, str) and choice not in {"none", "auto", "required"}:
         raise CallerError(
             "tool_choice must be none, auto, required or name a tool", code="invalid_value", param="tool_choice"
         )
-    if choice == "required" and not has_tools:
-        raise CallerError("tool_choice required needs tools", code="invalid_value", param="tool_choice")
+    if choice not in (None, "none", "auto") and not request.tools:
+        raise CallerError("tool_choice needs tools", code="invalid_value", param="tool_choice")
 
 
 def _check_stream(request: Shared) -> None:
@@ -264,6 +276,11 @@ def check_completion(request: CompletionRequest) -> None:
                 code="invalid_type",
                 param="prompt",
             )
+        tokens = [prompt for prompt in request.prompts if isinstance(prompt, list)]
+        if any(not 0 <= token <= MAX_TOKEN_ID for prompt in tokens for token in prompt):
+            raise CallerError(
+                f"prompt: a token is a number from 0 to {MAX_TOKEN_ID}", code="invalid_value", param="prompt"
+            )
         if len(request.prompts) > MAX_PROMPTS or request.choices > MAX_CHOICES:
             raise CallerError(
                 f"at most {MAX_CHOICES} choices over all prompts: send fewer prompts or a smaller n",
@@ -274,6 +291,12 @@ def check_completion(request: CompletionRequest) -> None:
         raise CallerError("suffix is not served", code="unsupported_parameter", param="suffix")
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise CallerError("best_of is served only equal to n", code="unsupported_parameter", param="best_of")
+    if request.echo and request.logprobs is not None:
+        raise CallerError(
+            "logprobs of an echoed prompt are not served: leave out echo or logprobs",
+            code="unsupported_parameter",
+            param="logprobs",
+        )
     if request.echo and request.stream and not all(isinstance(prompt, str) for prompt in request.prompts):
         raise CallerError("echo of tokens is not served in a stream", code="unsupported_parameter", param="echo")
     _check_stream(request)

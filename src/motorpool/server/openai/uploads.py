@@ -62,7 +62,15 @@ class Upload:
         The caller discards the writer when anything goes wrong.
         """
         parser = MultipartParser(self._boundary(), self._callbacks())
+        read_bytes = 0
         while (piece := await self._exchange.chunk()) is not None:
+            # All of the body counts: what stands before, between and behind the fields is read and kept by nobody.
+            read_bytes += len(piece)
+            limit = self._limit(self.fields)
+            if read_bytes > limit + MAX_FORM_OVERHEAD_BYTES:
+                raise _too_large(limit)
+            if self.ended:
+                continue  # the parser would log every piece that comes behind the form
             try:
                 parser.write(piece)
             except MultipartParseError:
@@ -152,14 +160,18 @@ class Upload:
     def _check_size(self) -> None:
         limit = self._limit(self.fields)
         if self.writer is not None and self.writer.written + self._pending_bytes > limit:
-            raise TooLargeError(
-                f"the file is over the limit of {limit} bytes for this purpose", code="file_too_large", param="file"
-            )
+            raise _too_large(limit)
 
     async def _flush(self) -> None:
         if self._pending and self.writer is not None:
             pieces, self._pending, self._pending_bytes = self._pending, [], 0
             await asyncio.to_thread(_write_all, self.writer, pieces)
+
+
+def _too_large(limit: int) -> TooLargeError:
+    return TooLargeError(
+        f"the file is over the limit of {limit} bytes for this purpose", code="file_too_large", param="file"
+    )
 
 
 def _write_all(writer: BlobWriter, pieces: list[bytes]) -> None:

@@ -196,6 +196,7 @@ async def inspect(blobs: BlobStore, blob: str, inspection: Inspection) -> None:
 class _Check(msgspec.Struct, kw_only=True):
     """One batch that is being checked. Once ``handing_over``, it is the cell's and can no longer be stopped here."""
 
+    batch: BatchRow
     task: asyncio.Task[None]
     handing_over: bool = False
 
@@ -209,11 +210,18 @@ class Validation:
         self._checks: dict[int, _Check] = {}
         self.turn = asyncio.Semaphore(1)
 
+    @property
+    def under_way(self) -> int:
+        """How many batches are being checked, or wait for it."""
+        return len(self._checks)
+
     def begin(self, batch: BatchRow) -> None:
         """Check a batch in the background; one that is being checked already goes on."""
         if batch.batch_no not in self._checks:
             task = asyncio.create_task(self._run(batch))
-            self._checks[batch.batch_no] = _Check(task=task)
+            self._checks[batch.batch_no] = _Check(batch=batch, task=task)
+            # Not at the end of ``_run``, which never begins if it is cancelled before its first turn.
+            task.add_done_callback(lambda _: self._checks.pop(batch.batch_no, None))
 
     def resume(self) -> int:
         """Begin again with the batches that a stop left in ``validating``; return how many."""
@@ -223,14 +231,23 @@ class Validation:
         return len(left)
 
     async def cancel(self, batch_no: int) -> bool:
-        """Cancel a batch while it is validating; False when it is no longer, and is for the cell to cancel."""
+        """Cancel a batch while it is validating; False when it is no longer, and is for the cell to cancel.
+
+        One that is being handed over may wait long for room on a full disk, so nobody waits for that here: the two
+        transactions come one after the other, and the later one finds that it came too late.
+        """
         check = self._checks.get(batch_no)
-        if check is not None:
-            if not check.handing_over:
-                check.task.cancel()
-            await asyncio.wait([check.task])
+        stopped = check if check is not None and not check.handing_over else None
+        if stopped is not None:
+            stopped.task.cancel()
+            await asyncio.wait([stopped.task])
         now_ms = self._cell.now_ms()
-        return await self._cell.write(lambda connection: customer.cancel_validation(connection, batch_no, now_ms))
+        try:
+            return await self._cell.write(lambda connection: customer.cancel_validation(connection, batch_no, now_ms))
+        except MotorpoolError:
+            if stopped is not None:
+                self.begin(stopped.batch)  # it is validating still, and nobody else would go on with it
+            raise
 
     async def close(self) -> None:
         """Stop checking; what is not finished is resumed at the next start."""
@@ -250,11 +267,8 @@ class Validation:
             _log_failure(batch, "validation", error)
             message = "internal error: hand the batch in again, and report its id if that fails too"
             errors = [LineError(code="internal_error", message=message, param=None, line=None)]
-        try:
-            if errors:
-                await self._fail_surely(batch, errors)
-        finally:
-            self._checks.pop(batch.batch_no, None)
+        if errors:
+            await self._fail_surely(batch, errors)
 
     async def _check(self, batch: BatchRow) -> list[LineError]:
         file = customer.find_file(self._cell.reader, batch.input_file_id)
