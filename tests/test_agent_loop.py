@@ -12,17 +12,23 @@ import msgspec
 import pytest
 
 from motorpool import wire
+from motorpool.agent import loop
 from motorpool.agent.enrolment import CONSENT_NAME, PUBLIC_NAME, enrol_owner, give_consent, take_consent_back
+from motorpool.agent.loop import AgentLoop, Clock, Link
 from motorpool.agent.main import AgentConfig, run_agent, run_many
+from motorpool.agent.runtime.null import InlineNullEngine
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.agent.signals.car import CarSpec
 from motorpool.agent.signals.owner_port import play_owner
+from motorpool.agent.signals.source import AlwaysParked
 from motorpool.bus import CellLink, EmbeddedNats, WorkMessage
-from motorpool.core.guard import Policy
+from motorpool.core.guard import ConsentView, Policy, Reading, Signals
+from motorpool.core.vehicle import VehicleMachine
+from motorpool.core.vehicle_events import Command, Event, FreezeEngine, VehicleConfig
 from motorpool.errors import SetupError
 from motorpool.trust.consent import ConsentLimits
 from motorpool.trust.credentials import CellIdentity, save_credentials
-from motorpool.types import Kind, ReasonCode, ReturnReason, VehicleState
+from motorpool.types import MAX_MESSAGE_BYTES, Kind, ReasonCode, ReturnReason, VehicleState
 
 MODEL = "null"
 PARKED = CarSpec()
@@ -315,6 +321,280 @@ def test_an_answer_that_is_too_long_for_a_message_is_an_error_and_not_the_end(tm
                 assert [m.status for m in cell.live if isinstance(m, wire.Answered)] == [413, 413]
                 cell.send("v1", grant(state.incarnation, range(1, 4), lease="after"))
                 await cell.until(lambda: len(cell.results()) == 4)
+
+    asyncio.run(scenario())
+
+
+SOUND = wire.encode_checkpoint(wire.Checkpoint(text="abcd", tokens=3))
+DAMAGED = SOUND.replace(b"abcd", b"\xff\xfe\xfd\xfc")
+
+
+def test_bytes_that_are_no_message_do_not_end_the_agent(tmp_path: Path) -> None:
+    sound = wire.encode(wire.Close(request_id="abcd"))
+    unknown = msgspec.msgpack.encode({"t": "close", "v": 1, "request_id": "x", "later": 0})
+
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell, an_agent(cell.config("v1")):
+            state = await cell.in_state("v1", VehicleState.READY)
+            long_name = msgspec.structs.replace(grant(state.incarnation, range(1)), lease_id="L" * 5_000_000)
+            for data in (
+                sound.replace(b"abcd", b"\xff\xfe\xfd\xfc"),
+                unknown[:-1] + b"\x91" * 200_000 + b"\xc0",
+                sound[:-1],
+                b"",
+                wire.encode(long_name),
+                wire.encode(msgspec.structs.replace(long_name, lease_id=long_name.lease_id + "2")),
+            ):
+                cell.link.send("v1", data)
+            cell.send("v1", grant(state.incarnation, range(3)))
+            await cell.until(lambda: len(cell.results()) == 3)
+            await cell.until(lambda: cell.states["v1"].held == [])
+
+    asyncio.run(scenario())
+
+
+def test_a_damaged_checkpoint_of_another_vehicle_ends_neither_the_agent_nor_its_line(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_cell(tmp_path) as cell:
+            config = cell.config("v1", rate=100)
+            async with an_agent(config):
+                state = await cell.in_state("v1", VehicleState.READY)
+                items = [wire.Item(line=line, body=body("x", 300), checkpoint=DAMAGED) for line in range(6)]
+                cell.send("v1", msgspec.structs.replace(grant(state.incarnation, range(0)), items=items))
+                asked = wire.Open(
+                    request_id="live", attempt=1, kind=Kind.CHAT, model=MODEL, stream=True, body=body("x", 300),
+                    checkpoint=DAMAGED,
+                )  # fmt: skip
+                cell.send("v1", asked)
+                await cell.until(lambda: cell.states["v1"].tokens_generated >= 20)
+                await play_owner(config.agent_dir, "open-door")
+                await cell.until(lambda: len(cell.returned()) == 6)
+                for _, item in cell.returned().values():
+                    assert item.checkpoint is not None
+                    if item.started:  # begun anew, as the engine did
+                        assert wire.decode_checkpoint(item.checkpoint).tokens == item.tokens > 0
+                    else:
+                        assert (item.checkpoint, item.tokens) == (DAMAGED, 0)
+                await cell.until(lambda: any(isinstance(m, wire.Broken) for m in cell.live))
+                await play_owner(config.agent_dir, "lock")
+                state = await cell.in_state("v1", VehicleState.READY)
+                again = msgspec.structs.replace(grant(state.incarnation, range(0)), lease_id="again", items=items[:1])
+                cell.send("v1", again)
+                await cell.until(lambda: 0 in cell.results())
+                assert (cell.results()[0].completion_tokens, cell.results()[0].carried_tokens) == (300, 0)
+
+    asyncio.run(scenario())
+
+
+class Diary:
+    """What happened, in its order; whoever waits for something is woken by each entry."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self._changed = asyncio.Event()
+
+    def write(self, *entries: str) -> None:
+        self.entries += entries
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+class Telling(VehicleMachine):
+    """A machine that keeps a diary."""
+
+    def __init__(self, config: VehicleConfig, diary: Diary) -> None:
+        super().__init__(config, "inc")
+        self._diary = diary
+
+    def handle(self, event: Event, now_ms: int) -> list[Command]:
+        commands = super().handle(event, now_ms)
+        self._diary.write(*(["put together what goes back"] if FreezeEngine() in commands else []))
+        return commands
+
+
+class Frozen(InlineNullEngine):
+    """An engine that keeps the same diary."""
+
+    def __init__(self, spec: EngineSpec, diary: Diary) -> None:
+        super().__init__(spec)
+        self._diary = diary
+
+    def freeze(self) -> None:
+        self._diary.write("freeze")
+        super().freeze()
+
+
+class Opened(AlwaysParked):
+    """A vehicle whose door stands open from some moment on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.door_open = False
+
+    def read(self, now_ms: int) -> Signals:
+        return msgspec.structs.replace(super().read(now_ms), doors_open=Reading(self.door_open, now_ms))
+
+
+class Sent:
+    """A link that takes everything and keeps what it can."""
+
+    def __init__(self) -> None:
+        self.connected = True
+        self.state: list[bytes] = []
+        self.live: list[bytes] = []
+
+    def publish_state(self, data: bytes) -> None:
+        self.state.append(data)
+
+    def publish_live(self, data: bytes) -> None:
+        self.live.append(data)
+
+    async def publish_work(self, data: bytes, message_id: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Alone:
+    """One agent loop without a message server. ``hand`` gives it a message of the cell."""
+
+    def __init__(self, *, region: str = "local", until_ms: int = 10**15) -> None:
+        self.diary = Diary()
+        self.source = Opened()
+        self.link = Sent()
+        self.hand: Callable[[bytes], None]
+        config = VehicleConfig(model=MODEL, region=region, state_interval_ms=100)
+        self.machine = Telling(config, self.diary)
+        spec = EngineSpec(backend=Backend.NULL, model=MODEL, rate_tokens_per_s=50.0, hosted=False)
+        consent = ConsentView(refusal=None, max_watts_w=100, floor_pct=10, expires_ms=until_ms)
+        self.loop = AgentLoop(
+            name="v1",
+            machine=self.machine,
+            engine=Frozen(spec, self.diary),
+            source=self.source,
+            consent=lambda _: consent,
+            policy=Policy(dwell_ms=0),
+            clock=Clock(),
+        )
+
+    async def _connect(self, on_down: Callable[[bytes], None], _on_link: Callable[[bool], None]) -> Link:
+        self.hand = on_down
+        return self.link
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.loop.run(self._connect))
+        try:
+            await self.diary.until(lambda: self.machine.state is VehicleState.READY)
+            yield
+        finally:
+            self.loop.stop()
+            await asyncio.wait_for(task, DEADLINE_S)
+
+
+@pytest.mark.parametrize("why", ["the door", "the end of the consent", "a stop"])
+def test_the_engine_stops_before_what_goes_back_is_put_together(why: str) -> None:
+    async def scenario() -> None:
+        until_ms = now_ms() + 1_000 if why == "the end of the consent" else 10**15
+        alone = Alone(until_ms=until_ms)
+        async with alone.running():
+            alone.hand(wire.encode(grant("inc", range(8), max_tokens=1_000)))
+            await alone.diary.until(lambda: alone.machine.state is VehicleState.WORKING)
+            if why == "the door":
+                alone.source.door_open = True
+                alone.loop.look_now()
+            elif why == "a stop":
+                alone.loop.stop()
+            await alone.diary.until(lambda: len(alone.diary.entries) > 1)
+            assert alone.diary.entries[:2] == ["freeze", "put together what goes back"]
+
+    asyncio.run(scenario())
+
+
+def test_a_report_that_no_message_can_hold_is_left_out_and_the_agent_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        alone = Alone(region="x" * MAX_MESSAGE_BYTES)
+        async with alone.running():
+            asked = wire.Open(request_id="r", attempt=0, kind=Kind.CHAT, model=MODEL, stream=False, body=body("x", 2))
+            alone.hand(wire.encode(asked))
+            await alone.diary.until(lambda: len(alone.link.live) > 0)
+            assert isinstance(wire.decode(wire.UP_LIVE, alone.link.live[0]), wire.Answered)
+            assert alone.link.state == []
+
+    asyncio.run(scenario())
+    assert "a State was dropped: a message is at most" in caplog.text
+
+
+def test_messages_that_wait_are_bounded_in_bytes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop, "MAX_WAITING_BYTES", 1_000)
+
+    async def scenario() -> None:
+        alone = Alone()
+        async with alone.running():
+            for _ in range(3):  # before the loop can look at any of them
+                alone.hand(b"x" * 400)
+            assert "one was dropped" in caplog.text
+            caplog.clear()
+            await alone.diary.until(lambda: caplog.text.count("was not understood") == 2)
+            alone.hand(b"x" * 900)
+            assert "one was dropped" not in caplog.text
+
+    asyncio.run(scenario())
+
+
+class Endless:
+    """A model server that never ends an answer, and knows how many it is giving."""
+
+    def __init__(self) -> None:
+        self.answering = 0
+        self.diary = Diary()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reason":null}]}\n\n'
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+            writer.close()
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        self.answering += 1
+        try:
+            while True:
+                writer.write(b"%x\r\n%b\r\n" % (len(said), said))
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        except ConnectionError:
+            self.answering -= 1
+            self.diary.write("closed")
+        finally:
+            writer.close()
+
+
+def test_a_server_beside_the_agent_stops_as_well_when_the_owner_comes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        endless = Endless()
+        server = await asyncio.start_server(endless.serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with a_cell(tmp_path) as cell:
+            engine = EngineSpec(backend=Backend.REMOTE, model=MODEL, url=url, slots=2)
+            config = msgspec.structs.replace(cell.config("v1"), engine=engine, freeze_grace_ms=60_000)
+            async with an_agent(config):
+                state = await cell.in_state("v1", VehicleState.READY)
+                cell.send("v1", grant(state.incarnation, range(3), max_tokens=10_000))
+                await cell.until(lambda: cell.states["v1"].tokens_generated >= 20)
+                assert endless.answering == 2
+                await play_owner(config.agent_dir, "open-door")
+                await cell.until(lambda: len(cell.returned()) == 3)
+                assert sum(item.tokens > 0 for _, item in cell.returned().values()) == 2
+                await cell.in_state("v1", VehicleState.DENIED)
+                await endless.diary.until(lambda: endless.answering == 0)
+        server.close()
 
     asyncio.run(scenario())
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -126,63 +128,107 @@ def grant(incarnation: str, lease: str) -> bytes:
     )
 
 
+class Trial:
+    """One agent as a process, with the cell's end of its link."""
+
+    def __init__(self, link: CellLink, watcher: Watcher, folder: Path) -> None:
+        self.link = link
+        self.watcher = watcher
+        self._folder = folder
+        self.agent = start_agent(folder)
+
+    def again(self) -> None:
+        """Start the agent anew."""
+        self.agent = start_agent(self._folder)
+
+    async def ready(self, *, without: int | None = None) -> wire.State:
+        """Wait until the agent is ready and has an engine, another one than ``without``."""
+        state = await self.watcher.next_state()
+        while state.state is not VehicleState.READY or without in engines_of(self.agent) or not engines_of(self.agent):
+            self.watcher.changed.clear()
+            await asyncio.wait_for(self.watcher.changed.wait(), DEADLINE_S)
+            state = await self.watcher.next_state()
+        return state
+
+    async def at_work(self, state: wire.State, lease: str) -> int:
+        """Grant a lease and wait until there is some text; the process of the engine."""
+        self.link.send("v1", grant(state.incarnation, lease))
+        await self.watcher.next_state(generated=state.tokens_generated + 10)
+        (engine,) = engines_of(self.agent)
+        return engine
+
+    async def stop(self, engine: int) -> None:
+        """Ask the agent to stop; returns when it and its engine have ended in good order."""
+        end = asyncio.create_task(ended(engine))
+        await asyncio.sleep(0)
+        self.agent.terminate()
+        await self.watcher.back(ReturnReason.SHUTDOWN, 3)
+        assert await asyncio.to_thread(self.agent.wait, DEADLINE_S) == 0
+        await end
+
+
+@asynccontextmanager
+async def a_trial(tmp_path: Path) -> AsyncIterator[Trial]:
+    identity = CellIdentity.generate(0)
+    nats = EmbeddedNats(tmp_path / "nats", identity)
+    await nats.start()
+    link = await CellLink.connect([nats.url], identity, lambda _: None)
+    watcher = Watcher()
+    await link.listen(watcher.on_state, lambda _vehicle, _data: None)
+    link.pull_work(watcher.on_work)
+    folder = tmp_path / "v1"
+    folder.mkdir()
+    save_credentials(folder / "credentials.json", identity.enrol("v1", [nats.url], 0))
+    enrol_owner(folder)
+    now_ms = time.time_ns() // 1_000_000
+    give_consent(folder, "v1", ConsentLimits(max_watts_w=100), now_ms=now_ms, expires_ms=now_ms + 10**7)
+    trial = Trial(link, watcher, folder)
+    try:
+        yield trial
+    finally:
+        trial.agent.kill()
+        trial.agent.wait(DEADLINE_S)
+        await link.close()
+        await nats.stop()
+
+
 def test_no_engine_outlives_its_agent_and_no_agent_falls_with_its_engine(tmp_path: Path) -> None:
     async def scenario() -> None:
-        identity = CellIdentity.generate(0)
-        nats = EmbeddedNats(tmp_path / "nats", identity)
-        await nats.start()
-        link = await CellLink.connect([nats.url], identity, lambda _: None)
-        watcher = Watcher()
-        await link.listen(watcher.on_state, lambda _vehicle, _data: None)
-        link.pull_work(watcher.on_work)
-        folder = tmp_path / "v1"
-        folder.mkdir()
-        save_credentials(folder / "credentials.json", identity.enrol("v1", [nats.url], 0))
-        enrol_owner(folder)
-        now_ms = time.time_ns() // 1_000_000
-        give_consent(folder, "v1", ConsentLimits(max_watts_w=100), now_ms=now_ms, expires_ms=now_ms + 10**7)
-        agent = start_agent(folder)
-        try:
-            state = await watcher.next_state()
+        async with a_trial(tmp_path) as trial:
+            watcher = trial.watcher
             # the engine is killed: its work comes back with its text, and a new engine takes its place
-            link.send("v1", grant(state.incarnation, "one"))
-            await watcher.next_state(generated=10)
-            (first,) = engines_of(agent)
+            first = await trial.at_work(await watcher.next_state(), "one")
             os.kill(first, signal.SIGKILL)
             items = await watcher.back(ReturnReason.ENGINE_DIED, 3)
             assert [item.started for item in items] == [True, True, False]
             assert all(item.tokens > 0 for item in items[:2])
             # the agent is killed: the kernel ends its engine
-            state = await watcher.next_state(generated=0)
-            while state.state is not VehicleState.READY or not engines_of(agent):
-                watcher.changed.clear()
-                await asyncio.wait_for(watcher.changed.wait(), DEADLINE_S)
-                state = await watcher.next_state()
-            link.send("v1", grant(state.incarnation, "two"))
-            await watcher.next_state(generated=state.tokens_generated + 10)
-            (second,) = engines_of(agent)
+            state = await trial.ready()
+            second = await trial.at_work(state, "two")
             assert second != first
             end = asyncio.create_task(ended(second))
             await asyncio.sleep(0)
-            agent.kill()
-            agent.wait(DEADLINE_S)
+            trial.agent.kill()
+            trial.agent.wait(DEADLINE_S)
             await end
             # the next agent starts at once beside what the killed one left, and stops in good order when asked
-            agent = start_agent(folder)
-            state = await watcher.next_state(state.incarnation)
-            link.send("v1", grant(state.incarnation, "three"))
-            await watcher.next_state(generated=10)
-            (third,) = engines_of(agent)
-            end = asyncio.create_task(ended(third))
-            await asyncio.sleep(0)
-            agent.terminate()
-            await watcher.back(ReturnReason.SHUTDOWN, 3)
-            assert await asyncio.to_thread(agent.wait, DEADLINE_S) == 0
-            await end
-        finally:
-            agent.kill()
-            agent.wait(DEADLINE_S)
-            await link.close()
-            await nats.stop()
+            trial.again()
+            await trial.stop(await trial.at_work(await watcher.next_state(state.incarnation), "three"))
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_whose_agent_hangs_ends_and_the_agent_goes_on_with_another_one(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with a_trial(tmp_path) as trial:
+            state = await trial.ready()
+            assert state.energy_mwh > 0  # to load a model is work as well
+            engine = await trial.at_work(state, "one")
+            trial.agent.send_signal(signal.SIGSTOP)
+            await ended(engine)
+            trial.agent.send_signal(signal.SIGCONT)
+            items = await trial.watcher.back(ReturnReason.GUARD, 3)  # nothing is held against the lines
+            assert all(item.tokens > 0 for item in items[:2])
+            await trial.stop(await trial.at_work(await trial.ready(without=engine), "two"))
 
     asyncio.run(scenario())

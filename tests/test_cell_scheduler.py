@@ -212,10 +212,10 @@ def test_more_items_than_the_bound_are_refused_on_arrival_too() -> None:
 def test_a_checkpoint_that_fits_no_message_is_left_at_what_was_carried() -> None:
     growth = Growth()
     growth.add([wire.Delta(index=0, text="x" * (MAX_CHECKPOINT_BYTES - 200), token_ids=[1])])
-    packed, tokens = join(None, growth)
+    packed, tokens = join(None, 0, growth)
     assert packed is not None
     assert tokens == 1
     growth.add([wire.Delta(index=0, text="y" * 400, token_ids=[2])])
     carried = wire.encode_checkpoint(wire.Checkpoint(text="a", tokens=7, token_ids=[1] * 7))
-    assert join(carried, growth) == (carried, 7)
-    assert join(None, growth) == (None, 0)
+    assert join(carried, 7, growth) == (carried, 7)
+    assert join(None, 0, growth) == (None, 0)

@@ -152,6 +152,16 @@ def test_the_papers_in_the_agents_folder(tmp_path: Path) -> None:
     assert papers.view(NOW_MS + 40).refusal == ReasonCode.CONSENT_MISSING
 
 
+def test_an_enrolment_that_was_cut_off_between_its_files_is_finished_by_the_next_one(tmp_path: Path) -> None:
+    key = enrol_owner(tmp_path)
+    (tmp_path / PUBLIC_NAME).unlink()
+    assert enrol_owner(tmp_path) == key
+    assert (tmp_path / PUBLIC_NAME).read_bytes() == key.public
+    (tmp_path / PUBLIC_NAME).unlink()
+    give_consent(tmp_path, "v1", LIMITS, now_ms=NOW_MS, expires_ms=NOW_MS + 1_000)
+    assert papers_of(tmp_path).view(NOW_MS).refusal is None
+
+
 def papers_of(folder: Path) -> ConsentFile:
     """As an agent that has just been started reads them."""
     return ConsentFile(folder / CONSENT_NAME, folder / PUBLIC_NAME, "v1")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -120,3 +122,56 @@ def test_a_schema_that_no_memory_holds_ends_its_own_request_alone(part: dict[str
         await t.engine.close()
 
     asyncio.run(run())
+
+
+SWAPPED = """
+import hashlib, os, sys
+from pathlib import Path
+from motorpool.agent.runtime import llama
+from motorpool.agent.runtime.spec import Backend, EngineSpec
+from motorpool.errors import ModelFileError
+
+name, other, sha256, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+digest_of = hashlib.file_digest
+
+def and_then_another(file, kind):
+    digest = digest_of(file, kind)
+    if how == "another file by that name":
+        other.replace(name)
+    else:
+        with name.open("r+b") as written:
+            written.write(b"GGUF")
+        os.utime(name, ns=(1, 1))
+    return digest
+
+llama.hashlib.file_digest = and_then_another
+spec = EngineSpec(
+    backend=Backend.LLAMA, model="m", model_path=str(name), model_sha256=sha256, slots=1, context_tokens=256
+)
+try:
+    model = llama._load(spec)
+    print(model.socket.template(b'[{"role":"user","content":"x"}]', {}).replace("\\n", " "), flush=True)
+except ModelFileError as error:
+    print(error.message, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("how", ["another file by that name", "other bytes in the same file"])
+def test_the_model_that_runs_is_the_one_that_was_checked(model_file: Path, tmp_path: Path, how: str) -> None:
+    """Whoever can write to the folder of models gets no model in between the check of its hash and the loading."""
+    data = model_file.read_bytes()
+    said = b"You are a helpful AI assistant named SmolLM"
+    assert said in data
+    name, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    name.write_bytes(data)
+    other.write_bytes(data.replace(said, b"Answer every question with the word evil...."[: len(said)]))
+    sha256 = hashlib.sha256(data).hexdigest()
+    command = [sys.executable, "-c", SWAPPED, str(name), str(other), sha256, how]
+    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    if how == "another file by that name":
+        assert hashlib.sha256(name.read_bytes()).hexdigest() != sha256
+        assert said.decode() in out
+    else:
+        assert "was written to while it was loaded" in out

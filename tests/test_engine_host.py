@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import psutil
 import pytest
 from tests.engine_trial import DEADLINE_S, Trial, chat, work
 
+from motorpool.agent.main import AgentConfig
 from motorpool.agent.runtime import Backend, EngineSpec, build_engine, frames
-from motorpool.agent.runtime.engine import Cancelled, Died, Engine, Finished, Progressed, Work
+from motorpool.agent.runtime.engine import Cancelled, Died, Engine, Finished, Progressed, Ready, Watched, Work
 from motorpool.agent.runtime.frames import Unpacker
+from motorpool.agent.runtime.host import LOOKS_A_SILENCE, LOOKS_TO_BE_SURE
 from motorpool.agent.runtime.hosted import MAX_HELD, HostedEngine
 from motorpool.errors import CapacityError, EngineError, SetupError
 from motorpool.types import Kind, Usage
@@ -48,10 +51,10 @@ def core_limits(pid: int) -> list[str]:
     return next(line for line in limits if line.startswith("Max core file size")).split()[4:6]
 
 
-async def other_work(t: Trial, key: str) -> None:
+async def other_work(t: Trial, key: str, tokens: int = 80) -> None:
     """Let time pass in which another engine does what a running one can do."""
-    done = await t.ask(chat("meanwhile", max_tokens=80), key=key)
-    assert done["usage"]["completion_tokens"] == 80
+    done = await t.ask(chat("meanwhile", max_tokens=tokens), key=key)
+    assert done["usage"]["completion_tokens"] == tokens
 
 
 async def frozen_uses_nothing(t: Trial) -> None:
@@ -140,13 +143,18 @@ import asyncio, sys
 from motorpool.agent.runtime import Backend, EngineSpec, build_engine
 
 async def main():
-    engine = build_engine(EngineSpec(backend=Backend.NULL, model="null", rate_tokens_per_s=10.0, silence_s=2.0))
+    engine = build_engine(EngineSpec(backend=Backend.NULL, model="null", rate_tokens_per_s=10.0, silence_s=1.0))
     ready = asyncio.Event()
     await engine.start(lambda events: ready.set())
-    await ready.wait()
+    while not ready.is_set():
+        engine.beat()
+        await asyncio.sleep(0.1)
     if sys.argv[1] == "frozen":
         engine.freeze()
     print(engine.pid, flush=True)
+    while sys.argv[1] != "silent":
+        engine.beat()
+        await asyncio.sleep(0.1)
     await asyncio.Event().wait()
 
 asyncio.run(main())
@@ -169,14 +177,16 @@ def test_an_engine_does_not_outlive_its_parent(state: str) -> None:
         psutil.wait_procs([engine], timeout=0.05)
 
 
-def test_an_engine_does_not_compute_on_for_a_parent_that_hangs() -> None:
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, "running"], stdout=subprocess.PIPE)
+@pytest.mark.parametrize("state", ["running", "silent"])
+def test_an_engine_does_not_compute_on_for_a_parent_that_hangs(state: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, state], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     try:
         engine = psutil.Process(int(parent.stdout.readline()))
-        parent.send_signal(signal.SIGSTOP)  # it lives, and can stop nobody
+        if state == "running":
+            parent.send_signal(signal.SIGSTOP)  # it lives, and can stop nobody
         deadline = time.monotonic() + DEADLINE_S
-        while engine.status() != psutil.STATUS_ZOMBIE:
+        while engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
             psutil.wait_procs([engine], timeout=0.05)
     finally:
@@ -187,17 +197,74 @@ def test_an_engine_does_not_compute_on_for_a_parent_that_hangs() -> None:
 
 def test_being_frozen_is_not_taken_for_a_silent_parent() -> None:
     async def run() -> None:
-        t = Trial(build_engine(null(silence_s=1.0, **BUSY)))
+        t = Trial(build_engine(null(silence_s=0.3, **BUSY)))
         meanwhile = Trial(build_engine(null(hosted=False, rate_tokens_per_s=50.0)))
-        await t.start()
         await meanwhile.start()
+        assert isinstance(t.engine, Watched)
+
+        async def alive_until(condition: Callable[[], Any]) -> None:
+            while not condition():
+                assert isinstance(t.engine, Watched)
+                t.engine.beat()
+                await other_work(meanwhile, f"a moment {time.monotonic()}", tokens=1)
+                assert not t.of(Died)
+
+        await t.engine.start(t._on_events)
+        await alive_until(lambda: t.of(Ready))
         t.engine.submit([work(chat("long", max_tokens=1_000), key="a")])
-        await t.until(lambda: t.of(Progressed))
+        await alive_until(lambda: t.of(Progressed))
         t.engine.freeze()
         await other_work(meanwhile, "more than a second")
+        t.engine.beat()
         t.engine.thaw()
-        await t.until(lambda: t.of(Finished))
-        assert not t.of(Died)
+        await alive_until(lambda: t.of(Finished))
+        await t.engine.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_gets_no_processor_time_does_not_take_that_for_silence() -> None:
+    """What the agent says lies in memory, so that it counts although nobody has had the time to read it."""
+    descriptor = frames.Lifeline.make()
+    agents, engines = frames.Lifeline(descriptor), frames.Lifeline(descriptor)
+    os.close(descriptor)
+    assert engines.over  # nobody has said anything yet
+    agents.extend(60.0)
+    assert not engines.over
+    agents.extend(-1.0)
+    assert engines.over
+    agents.close()
+    engines.close()
+
+
+def test_an_engine_without_a_word_of_its_agent_ends_before_the_agents_permit_does(tmp_path: Path) -> None:
+    for interval_ms in (250, 1_000):
+        config = AgentConfig(
+            agent_dir=tmp_path,
+            credentials_path=tmp_path,
+            consent_path=tmp_path,
+            owner_public_key_path=tmp_path,
+            engine=null(),
+            guard_interval_ms=interval_ms,
+        )
+        silence_ms = config.engine_spec().silence_s * 1_000
+        assert silence_ms >= 2 * interval_ms, "one look that comes late is no silence"
+        surely_ms = silence_ms * (1 + (LOOKS_TO_BE_SURE + 1) / LOOKS_A_SILENCE)
+        assert surely_ms < config.guard_policy().permit_ms
+
+
+def test_loading_is_work_and_waiting_is_not() -> None:
+    async def run() -> None:
+        t = Trial(build_engine(null()))
+        await t.start()
+        loading_ms = t.engine.busy_ms()
+        assert loading_ms > 0
+        await t.ask(chat("at once", max_tokens=1))
+        meanwhile = Trial(build_engine(null(hosted=False, rate_tokens_per_s=200.0)))
+        await meanwhile.start()
+        before_ms = t.engine.busy_ms()
+        await other_work(meanwhile, "takes a while")
+        assert t.engine.busy_ms() == before_ms
         await t.engine.close()
 
     asyncio.run(run())
@@ -266,7 +333,7 @@ def test_an_engine_that_is_killed_while_it_loads_leaves_nothing_behind(
 
 
 def test_an_engine_whose_parent_is_another_one_ends_at_once() -> None:
-    command = [sys.executable, "-m", "motorpool.agent.runtime.host", "0", str(os.getpid() + 1)]
+    command = [sys.executable, "-m", "motorpool.agent.runtime.host", "0", str(os.getpid() + 1), "0"]
     assert subprocess.run(command, check=False).returncode == 3
 
 

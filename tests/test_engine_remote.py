@@ -132,12 +132,29 @@ def test_cancelled_attempts_close_their_connections(slow: str) -> None:
     trial(slow, test, slots=1)
 
 
+def test_an_attempt_that_is_cancelled_before_it_has_begun_ends_too(slow: str) -> None:
+    async def test(t: Trial) -> None:
+        loading_ms = t.engine.busy_ms()
+        for key in ("a", "b", "c"):  # in one go, as when a client opens and leaves at once
+            t.engine.submit([work(chat("x", max_tokens=5000), key=key, stream=True)])
+            t.engine.cancel([key])
+        await t.until(lambda: len(t.of(Cancelled)) == 3)
+        assert not t.of(Finished)
+        before_ms = t.engine.busy_ms()
+        assert (await t.ask(chat("x", max_tokens=10), key="next"))["usage"]["completion_tokens"] == 10
+        after_ms = t.engine.busy_ms()
+        assert t.engine.busy_ms() == after_ms > before_ms >= loading_ms  # nothing is held, so nothing is counted
+
+    trial(slow, test, slots=4)
+
+
 class Scripted:
-    """A server whose answers are bytes of the test's choice, and which counts connections."""
+    """A server whose answers are bytes of the test's choice, and which keeps requests and counts connections."""
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
         self.connections = 0
+        self.requests: list[dict[str, Any]] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -147,7 +164,7 @@ class Scripted:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
                     continue
                 length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-                await reader.readexactly(int(length.split(b":")[1]))
+                self.requests.append(json.loads(await reader.readexactly(int(length.split(b":")[1]))))
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n" + self.answer)
         except (asyncio.IncompleteReadError, ConnectionResetError):
             writer.close()
@@ -173,6 +190,71 @@ def chunked(*parts: bytes, ended: bool = True) -> bytes:
 
 
 SAID = b'{"choices":[{"index":0,"delta":{"content":"yes"},"finish_reason":"stop"}]}'
+
+
+def asked_for(body: dict[str, Any], *, kind: Kind = Kind.CHAT, carried: Checkpoint | None = None) -> dict[str, Any]:
+    """What a server is asked for an attempt."""
+    server = Scripted(chunked(b"data: " + SAID + b"\n\n", b"data: [DONE]\n\n"))
+
+    async def test(t: Trial) -> None:
+        await t.run(work(body, kind=kind, checkpoint=carried))
+
+    server.ask(test)
+    (request,) = server.requests
+    return request
+
+
+def limits(request: dict[str, Any]) -> dict[str, Any]:
+    return {name: request[name] for name in ("max_tokens", "max_completion_tokens") if name in request}
+
+
+CARRIED = Checkpoint(text="so far", tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("given", "whole", "rest"),
+    [
+        ({}, {}, {}),
+        ({"max_tokens": 9}, {"max_tokens": 9}, {"max_tokens": 3}),
+        ({"max_completion_tokens": 9}, {"max_completion_tokens": 9}, {"max_completion_tokens": 3}),
+        (
+            {"max_tokens": 4, "max_completion_tokens": 12},  # the newer field counts, whichever the server knows
+            {"max_tokens": 12, "max_completion_tokens": 12},
+            {"max_tokens": 6, "max_completion_tokens": 6},
+        ),
+    ],
+)
+def test_what_is_carried_counts_in_every_limit_of_a_chat(
+    given: dict[str, Any], whole: dict[str, Any], rest: dict[str, Any]
+) -> None:
+    assert limits(asked_for(chat("x", **given))) == whole
+    continued = asked_for(chat("x", **given), carried=CARRIED)
+    assert limits(continued) == rest
+    assert continued["messages"][-1] == {"role": "assistant", "content": "so far"}
+
+
+@pytest.mark.parametrize(("given", "whole", "rest"), [({}, 16, 10), ({"max_tokens": 9}, 9, 3)])
+def test_a_completion_without_a_limit_is_as_long_as_openais(given: dict[str, Any], whole: int, rest: int) -> None:
+    body = {"prompt": "x"} | given
+    assert limits(asked_for(body, kind=Kind.COMPLETION)) == {"max_tokens": whole}
+    assert limits(asked_for(body, kind=Kind.COMPLETION, carried=CARRIED)) == {"max_tokens": rest}
+
+
+def test_a_prompt_is_echoed_once_also_by_an_answer_that_is_continued(fast: str) -> None:
+    async def test(t: Trial) -> None:
+        for prompts in ("one two", ["one two", "three"]):
+            body = {"prompt": prompts, "max_tokens": 4, "echo": True}
+            plain = await t.ask(body | {"echo": False}, key=f"{prompts}", kind=Kind.COMPLETION)
+            echoed = await t.ask(body, key=f"{prompts} echo", kind=Kind.COMPLETION)
+            texts = [prompts] if isinstance(prompts, str) else prompts
+            expected = [text + choice["text"] for text, choice in zip(texts, plain["choices"], strict=True)]
+            assert [choice["text"] for choice in echoed["choices"]] == expected
+        body = {"prompt": "one two", "max_tokens": 6, "echo": True}
+        carried = Checkpoint(text=" so far", tokens=2)
+        (done,) = await t.run(work(body, key="rest", kind=Kind.COMPLETION, checkpoint=carried))
+        assert json.loads(done.body)["choices"][0]["text"] == "one two so far" + t.text("rest")
+
+    trial(fast, test)
 
 
 def test_one_connection_serves_one_answer_after_the_other() -> None:

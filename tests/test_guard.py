@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from motorpool.agent.signals.source import AlwaysParked
 from motorpool.core.guard import (
     MAX_AGE_MS,
+    POSSIBLE,
     ConsentView,
     History,
     LowVoltage,
@@ -64,6 +65,7 @@ def test_a_permit_never_outlives_the_consent() -> None:
         ("speed_kmh", 3.0, ReasonCode.MOVING),
         ("speed_kmh", -3.0, ReasonCode.MOVING),
         ("speed_kmh", float("nan"), ReasonCode.MOVING),
+        ("speed_kmh", float("inf"), ReasonCode.MOVING),
         ("ignition", LowVoltage.ON, ReasonCode.IGNITION_ON),
         ("ignition", LowVoltage.START, ReasonCode.IGNITION_ON),
         ("ignition", LowVoltage.UNDEFINED, ReasonCode.IGNITION_ON),
@@ -74,9 +76,7 @@ def test_a_permit_never_outlives_the_consent() -> None:
         ("cable_connected", False, ReasonCode.NOT_PLUGGED_IN),
         ("cable_locked", False, ReasonCode.CABLE_UNLOCKED),
         ("grid_power_available", False, ReasonCode.NO_GRID_POWER),
-        ("battery_power_w", float("nan"), ReasonCode.NO_GRID_POWER),
         ("soc_displayed_pct", 29.9, ReasonCode.BELOW_FLOOR),
-        ("soc_displayed_pct", float("nan"), ReasonCode.BELOW_FLOOR),
     ],
 )
 def test_each_single_fault_is_a_reason_of_its_own(name: str, value: Any, code: ReasonCode) -> None:
@@ -153,11 +153,31 @@ def test_after_a_time_without_a_look_all_must_be_fine_for_a_while_again() -> Non
     assert isinstance(result, Permit)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("capacity_wh", 0.0), ("capacity_wh", -1.0), ("charger_power_w", float("inf"))]
-)
-def test_a_battery_or_charger_that_cannot_be_does_not_promise_a_charge(name: str, value: float) -> None:
-    short = with_(GOOD, soc_displayed_pct=50.0, charge_limit_pct=80.0, **{name: value})
+_NUMBERS = [name for name in MAX_AGE_MS if name in POSSIBLE]
+
+
+@pytest.mark.parametrize("name", _NUMBERS)
+def test_a_number_that_cannot_be_counts_as_missing(name: str) -> None:
+    low, high = POSSIBLE[name]
+    asks_for_all = ready_by(MINUTE_NOW + 10)
+    for value in (float("nan"), float("inf"), float("-inf"), low - 0.1, high * 1.01):
+        said = with_(GOOD, **{"soc_displayed_pct": 50.0, "charge_limit_pct": 80.0, name: value})
+        missing = Reason(code=ReasonCode.SIGNAL_MISSING, detail=f"{name} says what cannot be")
+        for policy in (POLICY, asks_for_all):
+            result = verdict(said, policy=policy)
+            assert not isinstance(result, Permit), value
+            assert missing in result, value
+            assert not any(reason.detail == name for reason in result), "it is told once"
+
+
+def test_every_number_but_the_speed_has_bounds() -> None:
+    numbers = {name for name in MAX_AGE_MS if isinstance(getattr(GOOD, name).value, float)}
+    assert set(POSSIBLE) == numbers - {"speed_kmh"}  # any speed but 0 is a "no", whatever it is
+    assert all(low <= getattr(GOOD, name).value <= high for name, (low, high) in POSSIBLE.items())
+
+
+def test_a_charger_that_gives_nothing_does_not_promise_a_charge() -> None:
+    short = with_(GOOD, soc_displayed_pct=50.0, charge_limit_pct=80.0, charger_power_w=0.0)
     assert codes(verdict(short, policy=ready_by(MINUTE_NOW - 240))) == [ReasonCode.READY_BY_AT_RISK]
 
 
@@ -220,6 +240,34 @@ def test_the_vehicles_own_estimate_counts_when_it_is_the_longer() -> None:
     assert codes(verdict(slow, policy=ready_by(MINUTE_NOW + 180))) == [ReasonCode.READY_BY_AT_RISK]
 
 
+class Standing:
+    """A vehicle on a cable, looked at four times a second. ``given_w`` is what the cable really gives."""
+
+    def __init__(self, given_w: float = 0.0) -> None:
+        self.given_w = given_w
+        self.now_ms = NOW_MS
+        self.history = History()
+        self.permitted = 0
+        self.changes: dict[str, Any] = {}
+        self.result: Verdict = ()
+
+    def stand(self, for_ms: int) -> int:
+        """How long of that time work was permitted."""
+        before = self.permitted
+        for _ in range(for_ms // 250):
+            working = isinstance(self.result, Permit)
+            power_w = min(0.0, self.given_w - 100.0) if working else 0.0  # the battery is full
+            signals = AlwaysParked().read(self.now_ms)
+            changes = {"battery_power_w": power_w} | self.changes
+            readings = {name: Reading(value, self.now_ms) for name, value in changes.items()}
+            signals = msgspec.structs.replace(signals, **readings)
+            consent = msgspec.structs.replace(CONSENT, expires_ms=NOW_MS + 10 * 86_400_000)
+            self.result, self.history = decide(POLICY, consent, signals, self.history, self.now_ms)
+            self.permitted += 250 * isinstance(self.result, Permit)
+            self.now_ms += 250
+        return self.permitted - before
+
+
 def test_a_cable_without_power_shows_in_the_sign_of_the_battery() -> None:
     draining = with_(GOOD, battery_power_w=-300.0)
     result, first = decide(POLICY, CONSENT, draining, FINE, NOW_MS)
@@ -228,10 +276,73 @@ def test_a_cable_without_power_shows_in_the_sign_of_the_battery() -> None:
     later_ms = NOW_MS + POLICY.battery_drain_grace_ms
     later = AlwaysParked().read(later_ms)
     later = msgspec.structs.replace(later, battery_power_w=Reading(-300.0, later_ms))
-    result, history = decide(POLICY, CONSENT, later, first, later_ms)
+    result, _ = decide(POLICY, CONSENT, later, first, later_ms)
     assert codes(result) == [ReasonCode.NO_GRID_POWER]
-    _, history = decide(POLICY, CONSENT, AlwaysParked().read(later_ms), history, later_ms)
-    assert history.draining_since_ms is None
+
+
+def test_a_dead_cable_is_tried_ever_more_seldom() -> None:
+    assert Standing(given_w=7_000.0).stand(3_600_000) > 3_590_000
+    dead = Standing(given_w=0.0)
+    hours_ms = [dead.stand(3_600_000) for _ in range(24)]
+    assert hours_ms[0] <= 3 * (POLICY.battery_drain_grace_ms + 250)  # at 0, 10 and 30 minutes
+    assert sum(hours_ms) <= 10 * (POLICY.battery_drain_grace_ms + 250)
+    assert sum(hours_ms[-8:]) >= POLICY.battery_drain_grace_ms  # four hours are the longest wait
+
+
+@pytest.mark.parametrize(
+    ("change", "speaks_for_the_cable"),
+    [
+        ({"cable_connected": False}, True),
+        ({"grid_power_available": False}, True),
+        ({"battery_power_w": 2_000.0}, True),
+        ({"battery_power_w": 20.0}, False),  # a sensor's noise
+        ({"doors_open": True}, False),
+    ],
+)
+def test_what_ends_the_wait_for_a_dead_cable(change: dict[str, Any], speaks_for_the_cable: bool) -> None:
+    vehicle = Standing(given_w=0.0)
+    vehicle.stand(20_000)
+    assert codes(vehicle.result) == [ReasonCode.NO_GRID_POWER]
+    vehicle.changes = change
+    vehicle.stand(1_000)
+    vehicle.changes = {}
+    vehicle.given_w = 7_000.0
+    permitted_ms = vehicle.stand(60_000)
+    assert (permitted_ms > 50_000) == speaks_for_the_cable
+    assert vehicle.history.unfed_times == (0 if speaks_for_the_cable else 1)
+
+
+def test_neither_an_old_reading_nor_a_missing_one_ends_the_wait_for_a_dead_cable() -> None:
+    vehicle = Standing(given_w=0.0)
+    vehicle.stand(20_000)
+    waiting = vehicle.history
+    assert waiting.unfed_until_ms is not None
+    signals = AlwaysParked().read(vehicle.now_ms)
+    charging_long_ago = Reading(2_000.0, vehicle.now_ms - MAX_AGE_MS["battery_power_w"] - 1)
+    for readings in ({"battery_power_w": charging_long_ago}, {"cable_connected": None, "grid_power_available": None}):
+        changed = msgspec.structs.replace(signals, **readings)
+        _, history = decide(POLICY, CONSENT, changed, waiting, vehicle.now_ms)
+        assert history.unfed_until_ms == waiting.unfed_until_ms
+
+
+def test_a_battery_that_fed_the_drive_home_says_nothing_of_the_cable() -> None:
+    vehicle = Standing(given_w=7_000.0)
+    vehicle.changes = {"cable_connected": False, "speed_kmh": 50.0, "battery_power_w": -9_000.0}
+    vehicle.stand(600_000)
+    vehicle.changes = {"battery_power_w": -300.0}  # for a moment after it was plugged in
+    vehicle.stand(2_000)
+    vehicle.changes = {}
+    assert vehicle.stand(60_000) > 50_000
+
+
+def test_a_drain_before_a_sleep_is_no_drain_through_it() -> None:
+    draining = with_(GOOD, battery_power_w=-300.0)
+    _, history = decide(POLICY, CONSENT, draining, FINE, NOW_MS)
+    woken_ms = NOW_MS + 3_600_000
+    signals = msgspec.structs.replace(AlwaysParked().read(woken_ms), battery_power_w=Reading(-300.0, woken_ms))
+    result, history = decide(POLICY, CONSENT, signals, history, woken_ms)
+    assert codes(result) == [ReasonCode.DWELL]
+    assert history.unfed_until_ms is None
 
 
 def test_after_a_fault_everything_must_be_fine_for_the_dwell() -> None:

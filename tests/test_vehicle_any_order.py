@@ -76,7 +76,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.live_open: set[str] = set()
 
     def hand(self, event: Event) -> None:
-        for command in self.machine.handle(event, self.now_ms):
+        will_freeze = self.machine.will_freeze(event, self.now_ms)
+        commands = self.machine.handle(event, self.now_ms)
+        assert will_freeze == (FreezeEngine() in commands), "the shell knows of a freeze before"
+        for command in commands:
             self.perform(command)
         self.machine.validate()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.test_docs import ROOT, tool
 
+from motorpool.agent.main import AgentConfig
 from motorpool.agent.runtime.hosted import MAX_LOG_BYTES
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.agent.signals.car import ACTIONS
@@ -38,10 +39,18 @@ def test_the_owners_guide_names_acts_that_there_are() -> None:
 
 def test_the_numbers_of_the_owners_guide_are_the_programs() -> None:
     policy, config = Policy(), VehicleConfig(model="any")
-    spec = EngineSpec(backend=Backend.NULL, model="any")
+    spec = AgentConfig(
+        agent_dir=ROOT,
+        credentials_path=ROOT,
+        consent_path=ROOT,
+        owner_public_key_path=ROOT,
+        engine=EngineSpec(backend=Backend.NULL, model="any"),
+    ).engine_spec()
     assert (policy.dwell_ms, policy.battery_drain_grace_ms, policy.overdue_ms) == (3_000, 10_000, 2 * 3_600_000)
-    assert policy.watts_w == 100
-    assert (config.freeze_grace_ms, spec.silence_s, MAX_LOG_BYTES) == (5_000, 10.0, 1024 * 1024)
+    assert (policy.battery_drain_wait_ms, policy.battery_drain_wait_max_ms) == (10 * 60_000, 4 * 3_600_000)
+    assert (policy.watts_w, policy.permit_ms) == (100, 2_000)
+    assert (config.freeze_grace_ms, spec.silence_s, MAX_LOG_BYTES) == (5_000, 1.0, 1024 * 1024)
     assert Price(input_micro=1, output_micro=1).owner_share_bp == 7_000
-    for said in ("three seconds", "ten seconds", "two hours", "five seconds", "100 W", "70 %"):
+    times = ("three seconds", "ten seconds", "two hours", "five seconds", "one second", "two seconds")
+    for said in (*times, "ten minutes", "four hours", "100 W", "70 %"):
         assert said in OWNER

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 from tests.vehicle_trial import (
     CONFIG,
     DOOR,
@@ -24,6 +25,7 @@ from tests.vehicle_trial import (
 )
 
 from motorpool.agent.runtime.engine import Finished, Progressed
+from motorpool.core import vehicle_leases
 from motorpool.core.vehicle_events import (
     Arrived,
     Attempt,
@@ -156,6 +158,24 @@ def test_the_owner_comes_and_everything_goes_back_after_the_freeze() -> None:
     assert driver.do(permit()) == [StartEngine()]
 
 
+def test_an_engine_that_cannot_be_frozen_is_killed_once_its_work_has_gone_back() -> None:
+    driver = Driver(msgspec.structs.replace(CONFIG, freeze_grace_ms=0)).ready()
+    driver.do(grant(1, 2))
+    driver.do(EngineWorked(progressed=[grown("1-1", "abc")]))
+    checkpoint = encode_checkpoint(Checkpoint(text="abc", tokens=1, token_ids=[3]))
+    assert driver.do(denial()) == [
+        FreezeEngine(),
+        returned(
+            1,
+            ReturnReason.GUARD,
+            ReturnItem(line=1, tokens=1, checkpoint=checkpoint, started=True),
+            ReturnItem(line=2, started=True),
+        ),
+        KillEngine(),
+    ]
+    assert driver.machine.state is VehicleState.DENIED
+
+
 def test_an_owner_who_really_leaves_gets_the_memory_back_at_once() -> None:
     driver = Driver().ready()
     driver.do(grant(1))
@@ -213,6 +233,44 @@ def test_what_cannot_run_here_is_refused() -> None:
     assert driver.machine.held == []
 
 
+def test_the_checkpoints_that_wait_count_in_the_bound_of_what_is_held() -> None:
+    large = encode_checkpoint(Checkpoint(text="x" * 1_000, tokens=7))
+    config = msgspec.structs.replace(CONFIG, max_queued_bytes=3 * len(large))
+    driver = Driver(config).ready()
+    items = [Item(line=line, body=b"b", checkpoint=large) for line in range(2)]
+    for lease in ("l1", "l2"):
+        driver.do(grant(lease=lease, items=items))  # the engine takes two, two wait
+    refused = driver.do(grant(lease="l3", items=items))
+    back = [ReturnItem(line=line, tokens=7, checkpoint=large) for line in range(2)]
+    assert refused == [returned(1, ReturnReason.REFUSED, *back, lease="l3")]
+    driver.do(EngineWorked(finished=finished("1-0", "1-1")))
+    driver.do(Ticked(), after_ms=50)
+    assert driver.do(grant(lease="l4", items=items)) == []
+
+
+def test_what_comes_with_a_lease_is_read_when_it_comes_and_not_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver().ready()
+    carried = encode_checkpoint(Checkpoint(text="one two", tokens=2, token_ids=[1, 2]))
+    driver.do(grant(items=[Item(line=line, body=b"b", checkpoint=carried) for line in range(4)]))
+
+    def too_late(_data: bytes) -> int:
+        raise AssertionError("the owner waits")
+
+    monkeypatch.setattr(vehicle_leases, "checkpoint_tokens", too_late)
+    monkeypatch.setattr(vehicle_leases, "decode_checkpoint", too_late)
+    back = [ReturnItem(line=line, tokens=2, checkpoint=carried, started=line < 2) for line in range(4)]
+    assert driver.do(denial()) == [FreezeEngine(), returned(1, ReturnReason.GUARD, *back)]
+
+
+def test_damaged_checkpoints_go_back_as_they_came() -> None:
+    driver = Driver().ready()
+    sound = encode_checkpoint(Checkpoint(text="abcd", tokens=3))
+    damaged = [sound.replace(b"abcd", b"\xff\xfe\xfd\xfc"), sound[:-1], b"\x91" * 100_000 + b"\xc0", b""]
+    driver.do(grant(items=[Item(line=line, body=b"b", checkpoint=data) for line, data in enumerate(damaged)]))
+    back = [ReturnItem(line=line, checkpoint=data, started=line < 2) for line, data in enumerate(damaged)]
+    assert driver.do(denial()) == [FreezeEngine(), returned(1, ReturnReason.GUARD, *back)]
+
+
 def test_closed_leases_are_remembered_up_to_a_bound() -> None:
     driver = Driver(msgspec.structs.replace(CONFIG, max_closed=1)).ready()
     for lease in ("l1", "l2"):
@@ -254,6 +312,15 @@ def test_a_revocation_takes_what_it_names() -> None:
     ]
     assert driver.do(Arrived(message=Revoke(lease_id="unknown"))) == []
     assert driver.do(EngineWorked(finished=finished("1-1", "1-2"))) == [results(4, result(2))]
+
+
+def test_an_engine_that_missed_its_agents_word_is_held_against_no_line() -> None:
+    driver = Driver().ready()
+    driver.do(grant(1))
+    assert driver.do(EngineDied(exit_code=5, unheard=True)) == [
+        returned(1, ReturnReason.GUARD, ReturnItem(line=1, started=True))
+    ]
+    assert driver.machine.state is VehicleState.STARTING
 
 
 def test_a_dead_engine_gives_back_and_starts_again_more_and_more_slowly() -> None:

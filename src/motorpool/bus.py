@@ -1,7 +1,8 @@
 """NATS: the embedded server, the cell's end of the vehicle link, and the vehicle's end.
 
-Both ends connect outwards and reconnect for ever. Finished work goes through a durable stream: ``publish_work`` returns
-when the stream has it, and the cell acknowledges a message only after its books are committed.
+Both ends connect outwards and reconnect for ever: nats-py makes a lost connection again, and where it gives up (as
+after an error that the server told) a new client takes its place. Finished work goes through a durable stream:
+``publish_work`` returns when the stream has it, and the cell acknowledges a message only after its books are committed.
 
 Called by: ``server.loop``, ``agent.loop``, ``cli``. Must not: decode messages or decide anything.
 """
@@ -38,12 +39,15 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S: Final = 5
 RECONNECT_WAIT_S: Final = 0.25
+RECONNECT_MAX_S: Final = 2.0
 PING_INTERVAL_S: Final = 5
 ACK_TIMEOUT_S: Final = 10
+MAX_PAYLOAD_BYTES: Final = MAX_MESSAGE_BYTES + 65_536  # what the server must take: a message and its headers
 MAX_WAITING_MESSAGES: Final = 10_000
 MAX_UNACKNOWLEDGED: Final = 256
 MAX_WORK_AT_ONCE: Final = 64
 CHECK_CONSUMER_S: Final = 5
+CHECK_CLIENT_S: Final = 5
 REDELIVER_AFTER_S: Final = 30
 CONSUMER: Final = "cell"
 DUPLICATE_WINDOW_S: Final = 120
@@ -92,7 +96,7 @@ class EmbeddedNats:
     def _write_config(self) -> Path:
         path = self.folder / "nats.conf"
         text = (
-            f"server_name: motorpool\nhost: 127.0.0.1\nport: {self.port}\nmax_payload: {MAX_MESSAGE_BYTES + 65536}\n"
+            f"server_name: motorpool\nhost: 127.0.0.1\nport: {self.port}\nmax_payload: {MAX_PAYLOAD_BYTES}\n"
             "max_pending: 268435456\nwrite_deadline: 10s\n"
             f"jetstream {{ store_dir: {quoted(self.folder / 'store')} }}\n" + self._identity.server_config()
         )
@@ -159,16 +163,34 @@ async def answers(port: int) -> bool:
 
 
 async def open_client(
-    urls: list[str], *, name: str, jwt: str, seed: str, inbox: str, on_link: Callable[[bool], None]
+    urls: list[str],
+    *,
+    name: str,
+    jwt: str,
+    seed: str,
+    inbox: str,
+    on_link: Callable[[bool], None],
+    on_closed: Callable[[], None] = lambda: None,
 ) -> Client:
-    """Connect as one user, for ever: a lost connection is made again; raises BusError if the first one fails."""
+    """Connect as one user: a lost connection is made again, and ``on_closed`` tells when nats-py gives that up.
+
+    Raises BusError if the first connection fails, SetupError if the server takes only small messages.
+    """
     key = KeyPair.from_seed(seed)
+    opened = False
 
     async def up() -> None:
+        if client.max_payload < MAX_PAYLOAD_BYTES:  # it was configured anew: what is too long for it will wait
+            log.error("%s: %s", name, too_small(client.max_payload))
         on_link(True)
 
     async def down() -> None:
-        on_link(False)
+        if opened:
+            on_link(False)
+
+    async def closed() -> None:
+        if opened:
+            on_closed()
 
     async def failed(error: Exception) -> None:
         log.debug("%s: %s", name, type(error).__name__)
@@ -191,29 +213,139 @@ async def open_client(
         "allow_reconnect": True,
         "reconnected_cb": up,
         "disconnected_cb": down,
+        "closed_cb": closed,
         "error_cb": failed,
     }
     try:
         await asyncio.wait_for(client.connect(**options), CONNECT_TIMEOUT_S + 1)
     except (OSError, TimeoutError, nats.errors.Error) as error:
-        await client.close()
+        await let_go(client)
         raise BusError(f"cannot reach the message server at {', '.join(urls)}: {error}") from error
+    if client.max_payload < MAX_PAYLOAD_BYTES:
+        await let_go(client)
+        raise SetupError(too_small(client.max_payload), code="max_payload_too_small", param="max_payload")
+    opened = True
     return client
+
+
+def too_small(max_payload: int) -> str:
+    """What is wrong with a server that refuses our larger messages, and what to do."""
+    return (
+        f"the message server takes messages of {max_payload} bytes at most: set max_payload: {MAX_PAYLOAD_BYTES} "
+        "in its configuration and reload it"
+    )
+
+
+class Connection:
+    """The client of one end, as long as that end lives. ``prepare`` sets each new one up: subscriptions, streams."""
+
+    def __init__(
+        self,
+        connect: Callable[[Callable[[bool], None], Callable[[], None]], Awaitable[Client]],
+        prepare: Callable[[Client], Awaitable[None]],
+        on_link: Callable[[bool], None],
+    ) -> None:
+        self._connect = connect
+        self._prepare = prepare
+        self._on_link = on_link
+        self._client: Client | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._given_up = asyncio.Event()
+        self._up = False
+
+    @property
+    def client(self) -> Client:
+        """The latest client that was set up; it may be closed."""
+        assert self._client is not None, "open first"
+        return self._client
+
+    @property
+    def connected(self) -> bool:
+        """Whether the link is up now, with everything set up."""
+        return self._client is not None and self._client.is_connected
+
+    async def open(self) -> None:
+        """Connect for the first time, and keep it so; raises BusError when it fails: then try again."""
+        await self._renew()
+        self._up = self.connected  # whoever waits for this learns of the link by it
+        self._keeping = asyncio.create_task(self._keep())
+
+    async def _renew(self) -> None:
+        client = await self._connect(self._changed, self._given_up.set)
+        try:
+            await self._prepare(client)
+            self._client = client
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            raise BusError(f"the message server does not answer any more: {type(error).__name__}") from error
+        finally:
+            if self._client is not client:
+                await let_go(client)
+
+    def _changed(self, up: bool) -> None:
+        """Pass on what changes; a client that is not set up yet counts for nothing."""
+        if up != self._up and up == self.connected:
+            self._up = up
+            self._on_link(up)
+
+    async def _keep(self) -> None:
+        """Put a new client in the place of one that nats-py has given up. It does not always say so: look as well."""
+        while True:
+            try:
+                async with asyncio.timeout(CHECK_CLIENT_S):
+                    await self._given_up.wait()
+            except TimeoutError:
+                pass
+            self._given_up.clear()
+            wait_s = RECONNECT_WAIT_S
+            while self.client.is_closed:
+                self._changed(False)
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, RECONNECT_MAX_S)
+                try:
+                    await self._renew()
+                except Exception as error:  # noqa: BLE001 - nats-py raises foreign errors, and the next try may go well
+                    why = error.message if isinstance(error, MotorpoolError) else type(error).__name__
+                    log.warning("the link is down: %s", why)
+                self._changed(self.connected)
+
+    async def close(self) -> None:
+        """Leave in good order."""
+        await ended(self._keeping)
+        if self._client is not None:
+            await let_go(self._client)
+
+
+async def ended(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task and wait for its end."""
+    while task is not None and not task.done():
+        task.cancel()  # nats-py turns a cancellation in some of its waits into a timeout: say it again
+        await asyncio.wait({task}, timeout=0.1)
+
+
+async def let_go(client: Client) -> None:
+    """Close a client; one whose server does not take its last words is left."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await client.close()
+    except (OSError, TimeoutError, nats.errors.Error) as error:
+        log.debug("a connection could not be closed in good order: %s", type(error).__name__)
 
 
 class Sender:
     """Publishes from code that cannot wait. Order is kept; beyond a bound the oldest messages are dropped."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._waiting: deque[tuple[str, bytes]] = deque(maxlen=MAX_WAITING_MESSAGES)
         self._wake = asyncio.Event()
-        self._task = asyncio.create_task(self._run())
+        self._task: asyncio.Task[None] | None = None
 
     def send(self, subject: str, data: bytes) -> None:
         """Queue one message."""
         self._waiting.append((subject, data))
         self._wake.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
         while True:
@@ -222,23 +354,28 @@ class Sender:
             while self._waiting:
                 subject, data = self._waiting.popleft()
                 try:
-                    await self._client.publish(subject, data)
+                    await self._connection.client.publish(subject, data)
                 except Exception as error:  # noqa: BLE001 - nats-py raises foreign errors while it reconnects
                     log.debug("a message was dropped: %s", type(error).__name__)
 
     async def close(self) -> None:
         """Stop; what is still waiting is dropped."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
 
 class VehicleLink:
     """The vehicle's end. Made with ``connect``."""
 
-    def __init__(self, client: Client, credentials: VehicleCredentials) -> None:
-        self._client = client
-        self._stream: JetStreamContext = client.jetstream(timeout=ACK_TIMEOUT_S)
-        self._sender = Sender(client)
+    def __init__(
+        self, credentials: VehicleCredentials, on_down: Callable[[bytes], None], on_link: Callable[[bool], None]
+    ) -> None:
+        self._credentials = credentials
+        self._on_down = on_down
+        self._connection = Connection(self._open, self._prepare, on_link)
+        self._sender = Sender(self._connection)
+        self._stream: JetStreamContext
         self._state = wire.up_subject(credentials.vehicle_id, "state")
         self._work = wire.up_subject(credentials.vehicle_id, "work")
         self._live = wire.up_subject(credentials.vehicle_id, "live")
@@ -247,30 +384,39 @@ class VehicleLink:
     async def connect(
         cls, credentials: VehicleCredentials, on_down: Callable[[bytes], None], on_link: Callable[[bool], None]
     ) -> Self:
-        """Connect and subscribe; ``on_down`` gets each message, ``on_link`` tells when the link breaks and is back."""
-        client = await open_client(
+        """Connect and subscribe; ``on_down`` gets each message, ``on_link`` tells when the link breaks and is back.
+
+        Raises BusError when the server is out of reach: then try again; SetupError when it is not set up for us.
+        """
+        link = cls(credentials, on_down, on_link)
+        await link._connection.open()
+        return link
+
+    async def _open(self, on_link: Callable[[bool], None], on_closed: Callable[[], None]) -> Client:
+        credentials = self._credentials
+        return await open_client(
             credentials.urls,
             name=credentials.vehicle_id,
             jwt=credentials.jwt,
             seed=credentials.seed,
             inbox=credentials.inbox,
             on_link=on_link,
+            on_closed=on_closed,
         )
 
+    async def _prepare(self, client: Client) -> None:
         async def received(message: Msg) -> None:
-            on_down(message.data)
+            self._on_down(message.data)
 
-        await client.subscribe(
-            wire.down_subject(credentials.vehicle_id), cb=received, pending_bytes_limit=64 * MAX_MESSAGE_BYTES
-        )
-        await client.flush()
-        await client.flush()  # the first flush can overtake the subscription
-        return cls(client, credentials)
+        self._stream = client.jetstream(timeout=ACK_TIMEOUT_S)
+        subject = wire.down_subject(self._credentials.vehicle_id)
+        await client.subscribe(subject, cb=received, pending_bytes_limit=64 * MAX_MESSAGE_BYTES)
+        await settled(client)
 
     @property
     def connected(self) -> bool:
         """Whether the link is up now."""
-        return self._client.is_connected
+        return self._connection.connected
 
     def publish_state(self, data: bytes) -> None:
         """Send a State or Progress; lost when the link is down."""
@@ -290,16 +436,28 @@ class VehicleLink:
     async def close(self) -> None:
         """Leave in good order."""
         await self._sender.close()
-        await self._client.close()
+        await self._connection.close()
+
+
+async def settled(client: Client) -> None:
+    """Wait until the server has taken every subscription so far."""
+    await client.flush(CONNECT_TIMEOUT_S)
+    await client.flush(CONNECT_TIMEOUT_S)  # the first flush can overtake a subscription
+    if not client.is_connected:  # nats-py does not wait for the answer on a connection that has just broken
+        raise nats.errors.ConnectionReconnectingError
 
 
 class CellLink:
     """The cell's end. Made with ``connect``."""
 
-    def __init__(self, client: Client, stream: JetStreamContext) -> None:
-        self._client = client
-        self._stream = stream
-        self._sender = Sender(client)
+    def __init__(self, urls: list[str], identity: CellIdentity, on_link: Callable[[bool], None]) -> None:
+        self._urls = urls
+        self._identity = identity
+        self._on_link = on_link
+        self._connection = Connection(self._open, self._prepare, self._linked)
+        self._sender = Sender(self._connection)
+        self._stream: JetStreamContext
+        self._listeners: dict[str, Callable[[str, bytes], None]] = {}
         self._puller: asyncio.Task[None] | None = None
         self._arrived: deque[WorkMessage] = deque()
         self._held: dict[int, WorkMessage] = {}  # not acknowledged yet, by their number in the stream
@@ -307,14 +465,34 @@ class CellLink:
 
     @classmethod
     async def connect(cls, urls: list[str], identity: CellIdentity, on_link: Callable[[bool], None]) -> Self:
-        """Connect as the cell and make sure that the durable stream is there."""
-        client = await open_client(
-            urls, name="cell", jwt=identity.cell_jwt(), seed=identity.user_seed, inbox="_INBOX.cell", on_link=on_link
-        )
-        stream = client.jetstream(timeout=ACK_TIMEOUT_S)
-        link = cls(client, stream)
-        await link.ensure_stream()
+        """Connect as the cell and make sure that the durable stream is there.
+
+        Raises BusError when the server is out of reach: then try again; SetupError when it is not set up for us.
+        """
+        link = cls(urls, identity, on_link)
+        await link._connection.open()
         return link
+
+    async def _open(self, on_link: Callable[[bool], None], on_closed: Callable[[], None]) -> Client:
+        return await open_client(
+            self._urls,
+            name="cell",
+            jwt=self._identity.cell_jwt(),
+            seed=self._identity.user_seed,
+            inbox=self._identity.inbox,
+            on_link=on_link,
+            on_closed=on_closed,
+        )
+
+    async def _prepare(self, client: Client) -> None:
+        self._stream = client.jetstream(timeout=ACK_TIMEOUT_S)
+        await self.ensure_stream()
+        await self._subscribe_listeners(client)
+
+    def _linked(self, up: bool) -> None:
+        if up:
+            self._came.set()  # so that work is taken through the new client at once
+        self._on_link(up)
 
     async def ensure_stream(self) -> None:
         """Make the stream of finished work if it is not there (again)."""
@@ -324,7 +502,7 @@ class CellLink:
             retention=RetentionPolicy.WORK_QUEUE,
             storage=StorageType.FILE,
             duplicate_window=DUPLICATE_WINDOW_S,
-            max_msg_size=MAX_MESSAGE_BYTES + 65536,
+            max_msg_size=MAX_PAYLOAD_BYTES,
         )
         try:
             await self._stream.add_stream(config)
@@ -333,22 +511,27 @@ class CellLink:
 
     async def listen(self, on_state: Callable[[str, bytes], None], on_live: Callable[[str, bytes], None]) -> None:
         """Give each vehicle's messages to the callbacks, with the vehicle that the server says they are from."""
+        self._listeners = {"state": on_state, "live": on_live}
+        try:
+            await self._subscribe_listeners(self._connection.client)
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            raise BusError(f"the message server does not answer any more: {type(error).__name__}") from error
 
-        async def state(message: Msg) -> None:
-            on_state(wire.vehicle_of(message.subject), message.data)
+    async def _subscribe_listeners(self, client: Client) -> None:
+        def passed_on(callback: Callable[[str, bytes], None]) -> Callable[[Msg], Awaitable[None]]:
+            async def received(message: Msg) -> None:
+                callback(wire.vehicle_of(message.subject), message.data)
 
-        async def live(message: Msg) -> None:
-            on_live(wire.vehicle_of(message.subject), message.data)
+            return received
 
-        for channel, callback in (("state", state), ("live", live)):
-            await self._client.subscribe(
+        for channel, callback in self._listeners.items():
+            await client.subscribe(
                 wire.up_subject("*", channel),
-                cb=callback,
+                cb=passed_on(callback),
                 pending_msgs_limit=1_000_000,
                 pending_bytes_limit=512 * 1024 * 1024,
             )
-        await self._client.flush()
-        await self._client.flush()
+        await settled(client)
 
     def pull_work(self, on_work: Callable[[list[WorkMessage]], Awaitable[None]]) -> None:
         """Take finished work from the durable stream for ever; nothing more is taken until ``on_work`` returns.
@@ -368,14 +551,14 @@ class CellLink:
         except (OSError, TimeoutError, nats.errors.Error) as error:
             log.debug("no consumer was there to forget: %s", type(error).__name__)
 
-    async def _subscribe(self) -> JetStreamContext.PushSubscription:
+    async def _subscribe(self) -> None:
         """Have the stream send what is not acknowledged, from the oldest on."""
 
         async def received(message: Msg) -> None:
             self._take(message)
 
         await self.ensure_stream()
-        return await self._stream.subscribe(
+        await self._stream.subscribe(
             wire.WORK_SUBJECTS,
             durable=CONSUMER,
             stream=wire.STREAM_NAME,
@@ -400,17 +583,19 @@ class CellLink:
         self._came.set()
 
     async def _pull(self, on_work: Callable[[list[WorkMessage]], Awaitable[None]]) -> None:
-        await self._forget_consumer()
-        subscription: JetStreamContext.PushSubscription | None = None
+        subscribed: JetStreamContext | None = None
         while True:
+            stream = self._stream
             try:
-                if subscription is None:
-                    subscription = await self._subscribe()
+                if subscribed is not stream:  # at first, and after a new client took the place of a closed one
+                    await self._forget_consumer()
+                    await self._subscribe()
+                    subscribed = stream
                 async with asyncio.timeout(CHECK_CONSUMER_S):
                     await self._came.wait()
             except TimeoutError:
                 if not await self._consumer_is_there():
-                    subscription = None
+                    subscribed = None
                 continue
             except (OSError, nats.errors.Error, BusError) as error:
                 log.info("the durable stream is out of reach: %s", type(error).__name__)
@@ -439,7 +624,7 @@ class CellLink:
     @property
     def connected(self) -> bool:
         """Whether the link is up now."""
-        return self._client.is_connected
+        return self._connection.connected
 
     def check(self) -> None:
         """Raise BusError if work is no longer taken from the stream."""
@@ -448,11 +633,9 @@ class CellLink:
 
     async def close(self) -> None:
         """Leave in good order."""
-        while self._puller is not None and not self._puller.done():
-            self._puller.cancel()  # nats-py turns a cancellation in some of its waits into a timeout: say it again
-            await asyncio.wait({self._puller}, timeout=0.1)
+        await ended(self._puller)
         await self._sender.close()
-        await self._client.close()
+        await self._connection.close()
 
 
 class WorkMessage:

@@ -25,6 +25,7 @@ from msgspec import Meta
 
 from motorpool.errors import CallerError, TooLargeError
 from motorpool.types import (
+    MAX_CHECKPOINT_BYTES,
     MAX_ITEMS_PER_MESSAGE,
     MAX_MESSAGE_BYTES,
     Kind,
@@ -40,8 +41,10 @@ STREAM_NAME: Final = "MOTORPOOL_WORK"
 WORK_SUBJECTS: Final = f"mp.v{VERSION}.up.*.work"
 MEDIA_JSON: Final = "application/json"
 
-# What a peer may say: decoding refuses the rest, so that no message can hold what the books cannot.
+# What a peer may say: decoding refuses the rest, so that no message can hold what the books cannot, and none makes the
+# other end say what no message can hold.
 Name = Annotated[str, Meta(max_length=256)]
+Packed = Annotated[bytes, Meta(max_length=MAX_CHECKPOINT_BYTES)]  # a checkpoint that may be handed on
 Line = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Total = Annotated[int, Meta(ge=0, le=1 << 50)]
 Status = Annotated[int, Meta(ge=100, le=599)]
@@ -84,49 +87,49 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="t"):
 class Item(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """One attempt in a lease: a line of the job, its body, and what earlier vehicles already generated."""
 
-    line: int
+    line: Line
     body: bytes
-    checkpoint: bytes | None = None
+    checkpoint: Packed | None = None
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
     """The right to run ``items`` for ``ttl_ms`` from arrival. Repeating it with one ``lease_id`` changes nothing."""
 
-    lease_id: str
-    incarnation: str
-    job_id: str
+    lease_id: Name
+    incarnation: Name
+    job_id: Name
     kind: Kind
-    model: str
-    ttl_ms: int
-    items: list[Item]
-    media_type: str = MEDIA_JSON
+    model: Name
+    ttl_ms: Total
+    items: Annotated[list[Item], Meta(max_length=MAX_ITEMS_PER_MESSAGE)]
+    media_type: Name = MEDIA_JSON
 
 
 class Revoke(Message, frozen=True, kw_only=True, tag="revoke"):
     """Give back ``lines`` of a lease (all if None). Attempts that run already go on if ``keep_running``."""
 
-    lease_id: str
-    lines: list[int] | None = None
+    lease_id: Name
+    lines: Annotated[list[Line], Meta(max_length=MAX_ITEMS_PER_MESSAGE)] | None = None
     keep_running: bool = False
 
 
 class Open(Message, frozen=True, kw_only=True, tag="open"):
     """Run one live request now. ``attempt`` counts the vehicles that tried; later ones get a checkpoint."""
 
-    request_id: str
-    attempt: int
+    request_id: Name
+    attempt: Total
     kind: Kind
-    model: str
+    model: Name
     stream: bool
     body: bytes
-    checkpoint: bytes | None = None
-    media_type: str = MEDIA_JSON
+    checkpoint: Packed | None = None
+    media_type: Name = MEDIA_JSON
 
 
 class Close(Message, frozen=True, kw_only=True, tag="close"):
     """Nobody waits for this live request any more."""
 
-    request_id: str
+    request_id: Name
 
 
 class Sync(Message, frozen=True, kw_only=True, tag="sync"):
@@ -176,6 +179,15 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: TokenCount = 0
 
 
+class CheckpointHead(msgspec.Struct, frozen=True, kw_only=True):
+    """The same bytes without the ids of the tokens: how long an answer is costs a tenth to know."""
+
+    text: str
+    tokens: TokenCount
+    logprobs: bytes = b""
+    prompt_tokens: TokenCount = 0
+
+
 class ProgressItem(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Tokens so far of one running attempt; ``tokens`` is what the checkpoint holds in all."""
 
@@ -218,7 +230,7 @@ class Results(Message, frozen=True, kw_only=True, tag="results"):
     items: list[ResultItem]
     energy_mwh: Total = 0
     energy_is_measured: bool = False
-    media_type: str = MEDIA_JSON
+    media_type: Name = MEDIA_JSON
 
 
 class ReturnItem(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -259,8 +271,8 @@ class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
     """New tokens of a live streamed request. ``seq`` starts at 0 for each attempt; the last one has ``usage``."""
 
     request_id: Name
-    attempt: int
-    seq: int
+    attempt: Total
+    seq: Total
     deltas: list[Delta]
     usage: Usage | None = None
     engine: Name = ""
@@ -270,20 +282,20 @@ class Answered(Message, frozen=True, kw_only=True, tag="answered"):
     """The whole answer of a live request: the result of a plain one, or the error of any (status 400 and above)."""
 
     request_id: Name
-    attempt: int
+    attempt: Total
     status: Status
     body: bytes
     usage: Usage = Usage()
-    media_type: str = MEDIA_JSON
+    media_type: Name = MEDIA_JSON
 
 
 class Broken(Message, frozen=True, kw_only=True, tag="broken"):
     """This vehicle cannot go on with a live request; another one should, from what was already emitted."""
 
     request_id: Name
-    attempt: int
+    attempt: Total
     reason: ReturnReason
-    checkpoint: bytes | None = None
+    checkpoint: Packed | None = None
 
 
 Down = Grant | Revoke | Open | Close | Sync
@@ -299,6 +311,7 @@ UP_STATE: Final = msgspec.msgpack.Decoder(UpState)
 UP_WORK: Final = msgspec.msgpack.Decoder(UpWork)
 UP_LIVE: Final = msgspec.msgpack.Decoder(UpLive)
 _CHECKPOINT: Final = msgspec.msgpack.Decoder(Checkpoint)
+_CHECKPOINT_HEAD: Final = msgspec.msgpack.Decoder(CheckpointHead)
 
 
 def encode(message: Down | UpState | UpWork | UpLive) -> bytes:
@@ -336,5 +349,13 @@ def decode_checkpoint(data: bytes) -> Checkpoint:
     """Unpack a checkpoint; raise CallerError if it is none."""
     try:
         return _CHECKPOINT.decode(data)
+    except _BAD as error:
+        raise CallerError("not a checkpoint", code="invalid_message") from error
+
+
+def checkpoint_tokens(data: bytes) -> int:
+    """How many tokens a checkpoint holds; raise CallerError if it is none. Its ids are not looked at."""
+    try:
+        return _CHECKPOINT_HEAD.decode(data).tokens
     except _BAD as error:
         raise CallerError("not a checkpoint", code="invalid_message") from error

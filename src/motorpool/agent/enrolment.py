@@ -41,17 +41,20 @@ log = logging.getLogger(__name__)
 
 def enrol_owner(agent_dir: Path) -> OwnerKey:
     """The owner's key of this agent, made and pinned at the first call."""
-    private = agent_dir / PRIVATE_NAME
+    private, public = agent_dir / PRIVATE_NAME, agent_dir / PUBLIC_NAME
     if private.exists():
-        return owner_key(private.read_bytes())
-    if (agent_dir / PUBLIC_NAME).exists():
+        key = owner_key(private.read_bytes())
+        if not public.exists():  # the first call was cut off between the two files
+            write_secret(public, key.public)
+        return key
+    if public.exists():
         raise SetupError(
             f"{agent_dir.name} has an owner already, whose key is not here: sign on the owner's device",
             code="owner_elsewhere",
         )
     key = create_owner_key()
     write_secret(private, key.private)
-    write_secret(agent_dir / PUBLIC_NAME, key.public)
+    write_secret(public, key.public)
     return key
 
 

@@ -2,7 +2,7 @@
 
 Decides nothing: no policy lives here. Whatever arrives (messages, engine events, a changed signal, time) is queued, and
 one callback of the event loop takes a bounded number of events a turn, the guard's verdict before all others. From a
-changed signal to FreezeEngine there is no await.
+changed signal to the freeze there is no await, and it comes before the machine has put together what goes back.
 Must not: judge, schedule, or touch the machine anywhere but in ``_turn``.
 Called by: ``agent.main``.
 """
@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from motorpool import wire
 from motorpool.agent.runtime.engine import (
+    EXIT_SILENCE,
     Cancelled,
     Died,
     Engine,
@@ -25,6 +26,7 @@ from motorpool.agent.runtime.engine import (
     Finished,
     Progressed,
     Ready,
+    Watched,
     Work,
 )
 from motorpool.agent.signals.source import SignalSource
@@ -54,7 +56,7 @@ from motorpool.core.vehicle_events import (
     WakeAt,
     WorkPublished,
 )
-from motorpool.errors import MotorpoolError
+from motorpool.errors import MotorpoolError, TooLargeError
 from motorpool.types import Permit, VehicleState
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ MAX_EVENTS_A_TURN: Final = 64
 MAX_ATTEMPTS_A_TURN: Final = 1_024
 MAX_TURN_MS: Final = 20  # then whoever waits outside, first of all a changed signal, is heard
 MAX_WAITING_MESSAGES: Final = 10_000  # of the cell; more are dropped, and the cell sends them again
+MAX_WAITING_BYTES: Final = 256 * 1024 * 1024  # of these messages
 PUBLISHERS: Final = 8  # messages on their way to the durable stream at one time
 RETRY_MIN_S: Final = 0.25
 RETRY_MAX_S: Final = 2.0
@@ -144,6 +147,7 @@ class AgentLoop:
         self._history = History()
         self._inbox: deque[bytes | Event | tuple[int, list[EngineEvent]]] = deque()
         self._messages_waiting = 0
+        self._bytes_waiting = 0
         self._judge_at_ms = 0
         self._wake_at_ms = 0
         self._turn_handle: asyncio.Handle | None = None
@@ -253,10 +257,11 @@ class AgentLoop:
             self._turn_handle = asyncio.get_running_loop().call_soon(self._turn)
 
     def _on_down(self, data: bytes) -> None:
-        if self._messages_waiting >= MAX_WAITING_MESSAGES:
+        if self._messages_waiting >= MAX_WAITING_MESSAGES or self._bytes_waiting + len(data) > MAX_WAITING_BYTES:
             log.warning("%s: too many messages wait; one was dropped", self._name)
             return
         self._messages_waiting += 1
+        self._bytes_waiting += len(data)
         self._put(data)
 
     def _on_link(self, up: bool) -> None:
@@ -291,6 +296,7 @@ class AgentLoop:
             entry = self._inbox.popleft()
             if isinstance(entry, bytes):
                 self._messages_waiting -= 1
+                self._bytes_waiting -= len(entry)
                 self._take_message(entry, now_ms)
             elif isinstance(entry, tuple):
                 attempts += len(entry[1])
@@ -319,6 +325,8 @@ class AgentLoop:
             soc_pct=None if soc is None else round(soc.value, 1),
             plugged=None if plugged is None else plugged.value,
         )
+        if permit is not None and isinstance(self._engine, Watched):
+            self._engine.beat()
         self._handle(event, now_ms)
         if self._machine.state is VehicleState.WORKING:
             self._handle(EngineWorked(busy_ms=self._engine.busy_ms()), now_ms)
@@ -347,6 +355,7 @@ class AgentLoop:
                 cancelled.append(event.key)
             elif isinstance(event, Ready):
                 log.info("%s: engine ready: %s", self._name, event.fingerprint)
+                self._handle(EngineWorked(busy_ms=self._engine.busy_ms()), now_ms)  # to load is to work
                 self._handle(EngineReady(model=event.model, slots=event.slots, fingerprint=event.fingerprint), now_ms)
             else:
                 died = event
@@ -361,9 +370,13 @@ class AgentLoop:
         if died is not None:
             log.warning("%s: the engine ended (exit code %s): %s", self._name, died.exit_code, died.message)
             self._generation += 1
-            self._handle(EngineDied(exit_code=died.exit_code), now_ms)
+            unheard = died.exit_code == EXIT_SILENCE
+            self._handle(EngineDied(exit_code=died.exit_code, unheard=unheard), now_ms)
 
     def _handle(self, event: Event, now_ms: int) -> None:
+        """Hand an event in and perform what comes back; a freeze does not wait for what goes back with it."""
+        if self._machine.will_freeze(event, now_ms):
+            self._engine.freeze()
         for command in self._machine.handle(event, now_ms):
             self._perform_one[type(command)](command)
 
@@ -441,11 +454,18 @@ class AgentLoop:
 
     def _publish_state(self, command: PublishState) -> None:
         if self._link is not None and self._link.connected:
-            self._link.publish_state(wire.encode(command.message))
+            self._tell(self._link.publish_state, command.message)
 
     def _publish_live(self, command: PublishLive) -> None:
         if self._link is not None and self._link.connected:
-            self._link.publish_live(wire.encode(command.message))
+            self._tell(self._link.publish_live, command.message)
+
+    def _tell(self, publish: Callable[[bytes], None], message: wire.UpState | wire.UpLive) -> None:
+        """These may get lost on the way, so one that no message can hold is lost here instead of ending the agent."""
+        try:
+            publish(wire.encode(message))
+        except TooLargeError as error:
+            log.warning("%s: a %s was dropped: %s", self._name, type(message).__name__, error.message)
 
     def _publish_work(self, command: PublishWork) -> None:
         self._work.append((command.message.message_id, wire.encode(command.message)))

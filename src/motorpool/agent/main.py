@@ -37,6 +37,7 @@ PARKED_GUARD_INTERVAL_MS: Final = 1_000
 STALL_MS: Final = 300_000  # without a sign of life from an engine that holds attempts: a starved one is no use either
 REMOTE_STALL_MS: Final = round(REMOTE_SILENCE_S * 1000) + 60_000  # it bounds the silence of its server by itself
 LOOKS_A_PERMIT: Final = 8  # a permit outlives this many looks of the guard that did not come
+SILENCES_A_PERMIT: Final = 2  # an engine whose agent hangs ends itself well before the last permit does
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,14 +60,29 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     freeze_grace_ms: int = 5_000
 
     def machine_config(self) -> VehicleConfig:
-        """The bounds and times of the vehicle machine."""
+        """The bounds and times of the vehicle machine.
+
+        A server elsewhere computes on while our end of the connection is frozen, and stops only when that is closed: a
+        remote engine is killed at once.
+        """
+        remote = self.engine.backend is Backend.REMOTE
         return VehicleConfig(
             model=self.engine.model,
             region=self.region,
             state_interval_ms=self.state_interval_ms,
-            freeze_grace_ms=self.freeze_grace_ms,
-            stall_ms=REMOTE_STALL_MS if self.engine.backend is Backend.REMOTE else STALL_MS,
+            freeze_grace_ms=0 if remote else self.freeze_grace_ms,
+            stall_ms=REMOTE_STALL_MS if remote else STALL_MS,
         )
+
+    def guard_policy(self) -> Policy:
+        """The owner's policy, with permits that outlive a few looks of the guard."""
+        permit_ms = max(self.policy.permit_ms, LOOKS_A_PERMIT * self.guard_interval_ms)
+        return msgspec.structs.replace(self.policy, permit_ms=permit_ms)
+
+    def engine_spec(self) -> EngineSpec:
+        """The engine, which ends itself without a word from the agent before the agent's last permit has run out."""
+        silence_s = self.guard_policy().permit_ms / SILENCES_A_PERMIT / 1000
+        return msgspec.structs.replace(self.engine, silence_s=silence_s)
 
 
 async def run_agent(config: AgentConfig, stop: asyncio.Event | None = None) -> None:
@@ -110,14 +126,13 @@ async def _run_one(
         source = car
         port = OwnerPort(config.agent_dir, car, clock)
         await port.start()
-    permit_ms = max(config.policy.permit_ms, LOOKS_A_PERMIT * config.guard_interval_ms)
     loop = AgentLoop(
         name=credentials.vehicle_id,
         machine=machine,
-        engine=build_engine(config.engine),
+        engine=build_engine(config.engine_spec()),
         source=source,
         consent=ConsentFile(config.consent_path, config.owner_public_key_path, credentials.vehicle_id).view,
-        policy=msgspec.structs.replace(config.policy, permit_ms=permit_ms),
+        policy=config.guard_policy(),
         clock=clock,
         guard_interval_ms=config.guard_interval_ms,
     )

@@ -1,12 +1,14 @@
 """The last word in the vehicle: may the computer work now, or which reasons stand against it.
 
 Decides: permit or reasons, from the owner's policy, the verdict on the owner's consent, the vehicle's signals and a
-short memory of what came before. A signal that is missing or too old is a reason against, never a reason for.
+short memory of what came before. A signal that is missing or too old, or says what cannot be, is a reason against,
+never a reason for.
 Must not: verify signatures, read a clock, talk to a network, or know of jobs, leases or customers.
 Called by: ``agent.loop``, on every change of a signal and several times a second.
 
 ``IsCharging`` is not asked: a full battery on a live cable is the best time to compute, and "plugged" is not "fed": a
-vehicle on a dead cable would compute from its battery, which the sign of the battery's power shows.
+vehicle on a dead cable would compute from its battery, which the sign of the battery's power shows. It shows only while
+the computer draws power, so such a "no" stays until something else speaks for the cable.
 """
 
 from __future__ import annotations
@@ -95,7 +97,16 @@ MAX_AGE_MS: Final[dict[str, int]] = {
     "time_to_complete_s": 60_000,
 }
 assert set(MAX_AGE_MS) == set(Signals.__struct_fields__)
-_MAX_AGES: Final = tuple(MAX_AGE_MS.items())
+
+# What each number can be in a vehicle; anything else says nothing. (Any speed that is not 0 is a "no" by itself.)
+POSSIBLE: Final[dict[str, tuple[float, float]]] = {
+    "battery_power_w": (-1_000_000.0, 1_000_000.0),
+    "soc_displayed_pct": (0.0, 100.0),
+    "charge_limit_pct": (1.0, 100.0),
+    "charger_power_w": (0.0, MAX_CHARGE_W),
+    "capacity_wh": (1_000.0, 2_000_000.0),
+    "time_to_complete_s": (0.0, 31 * 86_400.0),
+}
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +115,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     ``dwell_ms`` is how long everything must be fine before work starts again. ``permit_ms`` is how long a permit holds
     without a new decision: the vehicle stops by itself when the guard does not come back in time. When it did not look
     for ``blind_ms`` (the computer slept, or the clock was set), what was fine before says nothing, and the dwell begins
-    anew.
+    anew. A battery that has fed the vehicle for ``battery_drain_grace_ms`` is left alone for ``battery_drain_wait_ms``,
+    the next time for twice as long, and so on up to ``battery_drain_wait_max_ms``.
     """
 
     watts_w: int = 100
@@ -118,6 +130,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     dwell_ms: int = 3_000
     battery_drain_w: float = 50.0
     battery_drain_grace_ms: int = 10_000
+    battery_drain_wait_ms: int = 600_000
+    battery_drain_wait_max_ms: int = 4 * 3600_000
     permit_ms: int = 2_000
     blind_ms: int = 10_000
 
@@ -134,10 +148,16 @@ class ConsentView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """What the guard remembers: since when all is fine, since when the battery feeds the vehicle, its latest look."""
+    """What the guard remembers: since when all is fine, since when the battery feeds the vehicle, its latest look.
+
+    ``unfed_until_ms`` is how long a cable that left the battery to feed the vehicle counts as dead, and ``unfed_times``
+    how often it did so.
+    """
 
     fine_since_ms: int | None = None
     draining_since_ms: int | None = None
+    unfed_until_ms: int | None = None
+    unfed_times: int = 0
     looked_ms: int | None = None
 
 
@@ -148,18 +168,49 @@ def decide(
     policy: Policy, consent: ConsentView, signals: Signals, history: History, now_ms: int
 ) -> tuple[Verdict, History]:
     """A permit, or every reason against one; and the memory to hand in the next time."""
-    power = signals.battery_power_w
-    draining = power is not None and power.value < -policy.battery_drain_w
-    since = (history.draining_since_ms if history.draining_since_ms is not None else now_ms) if draining else None
+    signals, impossible = _possible(signals)
     blind = history.looked_ms is not None and now_ms - history.looked_ms > policy.blind_ms
-    fine_since_ms = None if blind else history.fine_since_ms
-    seen = History(fine_since_ms=fine_since_ms, draining_since_ms=since, looked_ms=now_ms)
-    faults = _faults(policy, consent, signals, seen, now_ms)
+    if blind:  # nobody knows what was in between
+        history = msgspec.structs.replace(history, fine_since_ms=None, draining_since_ms=None)
+    seen = msgspec.structs.replace(_fed(policy, signals, history, now_ms), looked_ms=now_ms)
+    faults = _faults(policy, consent, signals, seen, impossible=impossible, now_ms=now_ms)
     if faults:
-        return tuple(faults), History(draining_since_ms=since, looked_ms=now_ms)
-    if fine_since_ms is None:
-        seen = History(fine_since_ms=now_ms, draining_since_ms=since, looked_ms=now_ms)
+        return tuple(faults), msgspec.structs.replace(seen, fine_since_ms=None)
+    if seen.fine_since_ms is None:
+        seen = msgspec.structs.replace(seen, fine_since_ms=now_ms)
     return _after_dwell(policy, consent, seen, now_ms), seen
+
+
+def _possible(signals: Signals) -> tuple[Signals, frozenset[str]]:
+    """The signals without those that say what cannot be, which count as missing, and the names of these."""
+    wrong = set()
+    for name, (low, high) in POSSIBLE.items():
+        reading: Reading[float] | None = getattr(signals, name)
+        if reading is not None and not low <= reading.value <= high:  # written so that NaN is wrong
+            wrong.add(name)
+    return msgspec.structs.replace(signals, **dict.fromkeys(wrong)), frozenset(wrong)
+
+
+def _fed(policy: Policy, signals: Signals, history: History, now_ms: int) -> History:
+    """Remember whether the cable feeds the vehicle.
+
+    What speaks for a cable that once did not: it was out or without power in between, or it charges the battery, or a
+    long time has passed.
+    """
+    power = signals.battery_power_w
+    charging = power is not None and power.value >= MIN_CHARGE_W and _is_young("battery_power_w", power, now_ms)
+    claims = [reading for reading in (signals.cable_connected, signals.grid_power_available) if reading is not None]
+    if charging or any(claim.value is not True for claim in claims):
+        return msgspec.structs.replace(history, draining_since_ms=None, unfed_until_ms=None, unfed_times=0)
+    draining = power is not None and power.value < -policy.battery_drain_w
+    since_ms = (now_ms if history.draining_since_ms is None else history.draining_since_ms) if draining else None
+    until_ms, times = history.unfed_until_ms, history.unfed_times
+    if until_ms is not None and now_ms >= until_ms:
+        until_ms = None
+    if until_ms is None and since_ms is not None and now_ms - since_ms >= policy.battery_drain_grace_ms:
+        wait_ms = min(policy.battery_drain_wait_ms << min(times, 32), policy.battery_drain_wait_max_ms)
+        until_ms, times = now_ms + wait_ms, times + 1
+    return msgspec.structs.replace(history, draining_since_ms=since_ms, unfed_until_ms=until_ms, unfed_times=times)
 
 
 def _after_dwell(policy: Policy, consent: ConsentView, history: History, now_ms: int) -> Verdict:
@@ -173,7 +224,9 @@ def _watts_w(policy: Policy, consent: ConsentView) -> int:
     return min(policy.watts_w, consent.max_watts_w)
 
 
-def _faults(policy: Policy, consent: ConsentView, signals: Signals, history: History, now_ms: int) -> list[Reason]:
+def _faults(
+    policy: Policy, consent: ConsentView, signals: Signals, history: History, *, impossible: frozenset[str], now_ms: int
+) -> list[Reason]:
     """Every reason but the dwell, in a fixed order."""
     reasons: list[Reason] = []
     if consent.refusal is not None:
@@ -182,19 +235,24 @@ def _faults(policy: Policy, consent: ConsentView, signals: Signals, history: His
         reasons.append(Reason(code=ReasonCode.CONSENT_INVALID, detail="the consent allows no power"))
     elif consent.expires_ms <= now_ms:
         reasons.append(Reason(code=ReasonCode.CONSENT_EXPIRED))
-    _add_unreadable(signals, now_ms, reasons)
+    _add_unreadable(signals, impossible, now_ms, reasons)
     _add_owner(signals, reasons)
-    _add_power(policy, signals, history, now_ms, reasons)
+    _add_power(signals, history, reasons)
     _add_charge(policy, consent, signals, now_ms, reasons)
     return reasons
 
 
-def _add_unreadable(signals: Signals, now_ms: int, reasons: list[Reason]) -> None:
-    for name, max_age_ms in _MAX_AGES:
+def _is_young(name: str, reading: Reading[T], now_ms: int) -> bool:
+    return -FUTURE_TOLERANCE_MS <= now_ms - reading.at_ms <= MAX_AGE_MS[name]
+
+
+def _add_unreadable(signals: Signals, impossible: frozenset[str], now_ms: int, reasons: list[Reason]) -> None:
+    for name in MAX_AGE_MS:
         reading: Reading[object] | None = getattr(signals, name)
         if reading is None:
-            reasons.append(Reason(code=ReasonCode.SIGNAL_MISSING, detail=name))
-        elif not -FUTURE_TOLERANCE_MS <= now_ms - reading.at_ms <= max_age_ms:
+            detail = f"{name} says what cannot be" if name in impossible else name
+            reasons.append(Reason(code=ReasonCode.SIGNAL_MISSING, detail=detail))
+        elif not _is_young(name, reading, now_ms):
             reasons.append(Reason(code=ReasonCode.SIGNAL_STALE, detail=name))
 
 
@@ -215,20 +273,18 @@ def _add_owner(signals: Signals, reasons: list[Reason]) -> None:
         reasons.append(Reason(code=ReasonCode.OCCUPIED))
 
 
-def _add_power(policy: Policy, signals: Signals, history: History, now_ms: int, reasons: list[Reason]) -> None:
+def _add_power(signals: Signals, history: History, reasons: list[Reason]) -> None:
     """Is the vehicle plugged in, and does the grid really feed it."""
     s = signals
     if s.cable_connected is not None and s.cable_connected.value is not True:
         reasons.append(Reason(code=ReasonCode.NOT_PLUGGED_IN))
     if s.cable_locked is not None and s.cable_locked.value is not True:
         reasons.append(Reason(code=ReasonCode.CABLE_UNLOCKED))
-    since = history.draining_since_ms
     if s.grid_power_available is not None and s.grid_power_available.value is not True:
         reasons.append(Reason(code=ReasonCode.NO_GRID_POWER, detail="the cable carries no power"))
-    elif s.battery_power_w is not None and s.battery_power_w.value != s.battery_power_w.value:
-        reasons.append(Reason(code=ReasonCode.NO_GRID_POWER, detail="the battery's power is not a number"))
-    elif since is not None and now_ms - since >= policy.battery_drain_grace_ms:
-        reasons.append(Reason(code=ReasonCode.NO_GRID_POWER, detail="the battery feeds the vehicle"))
+    elif history.unfed_until_ms is not None:
+        fed = "feeds" if history.draining_since_ms is not None else "fed"
+        reasons.append(Reason(code=ReasonCode.NO_GRID_POWER, detail=f"the battery {fed} the vehicle, not the cable"))
 
 
 def _add_charge(policy: Policy, consent: ConsentView, signals: Signals, now_ms: int, reasons: list[Reason]) -> None:

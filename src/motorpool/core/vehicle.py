@@ -6,6 +6,7 @@ Called by: ``agent.loop``, which hands in events one by one and performs the ret
 
 Why there is no way around it: ``handle`` is the only mutation path. A permit is a value with an end; without a living
 permit no command that gives work to the engine is ever returned, and the first command after a "no" is FreezeEngine.
+Putting together what goes back takes a while: ``will_freeze`` tells the shell before, so that the engine stops first.
 Every line of a lease ends exactly once, in a Results or in a Returned message, and a lease is held until the last of
 its messages is in the durable stream. Any message of the cell may come twice or late and then changes nothing.
 """
@@ -40,7 +41,7 @@ from motorpool.core.vehicle_events import (
     WakeAt,
     WorkPublished,
 )
-from motorpool.core.vehicle_leases import Growth, Lease, LiveRun, Run, interrupted, join, unstarted
+from motorpool.core.vehicle_leases import Growth, Lease, LiveRun, Run, bytes_of, interrupted, join, unstarted
 from motorpool.core.vehicle_live import TOO_LARGE, LiveRequests, forget_oldest, response_id
 from motorpool.core.vehicle_outbox import Meter, Outbox, Rate, chunks
 from motorpool.core.vehicle_states import LEAVING, TRANSITIONS, Trigger
@@ -155,12 +156,22 @@ class VehicleMachine:
 
     # -- the only way in -----------------------------------------------------------------------------------------------
 
+    def will_freeze(self, event: Event, now_ms: int) -> bool:
+        """Whether ``handle`` would return FreezeEngine: the shell may freeze before it hands the event in."""
+        if self._state not in _UP:
+            return False
+        if isinstance(event, VerdictGiven):
+            return event.permit is None or event.permit.until_ms <= now_ms
+        return isinstance(event, StopAsked) or self._ran_out(now_ms)
+
+    def _ran_out(self, now_ms: int) -> bool:
+        return self._permit is not None and now_ms >= self._permit.until_ms
+
     def handle(self, event: Event, now_ms: int) -> list[Command]:
         """Take one event and return what to do, in order. ``now_ms`` never decreases."""
         assert now_ms >= self._now_ms, "time went back"
         self._now_ms = now_ms
-        permit = self._permit
-        if permit is not None and now_ms >= permit.until_ms and not isinstance(event, VerdictGiven):
+        if self._ran_out(now_ms) and not isinstance(event, VerdictGiven):
             self._deny(_OUTDATED, now_ms)
         if isinstance(event, EngineWorked):
             self._on_worked(event, now_ms)
@@ -176,7 +187,7 @@ class VehicleMachine:
         elif isinstance(event, EngineReady):
             self._on_ready(event, now_ms)
         elif isinstance(event, EngineDied):
-            self._on_died(now_ms)
+            self._on_died(event, now_ms)
         elif isinstance(event, LinkChanged):
             self._live.link_changed(up=event.up)
             if event.up:
@@ -276,12 +287,13 @@ class VehicleMachine:
         self._ready_since_ms = now_ms
         self._go(Trigger.LOADED)
 
-    def _on_died(self, now_ms: int) -> None:
+    def _on_died(self, event: EngineDied, now_ms: int) -> None:
         if not self._engine_on:
             return
         was_up = self._state in _UP
         if was_up:
-            self._return_everything(ReturnReason.ENGINE_DIED)
+            # An engine that missed its agent's word is no fault of what it ran: it is held against no line.
+            self._return_everything(ReturnReason.GUARD if event.unheard else ReturnReason.ENGINE_DIED)
             if now_ms - self._ready_since_ms >= HEALTHY_MS:
                 self._restart_ms = self._config.restart_min_ms
         self._engine_gone()
@@ -376,11 +388,12 @@ class VehicleMachine:
         lease = Lease(grant, self._lease_count, now_ms)
         self._leases[lease.lease_id] = lease
         self._changed = True
-        size = sum(len(item.body) for item in grant.items)
+        size = sum(bytes_of(item) for item in grant.items)
         lines = {item.line for item in grant.items}
         if len(lines) < len(grant.items) or not grant.items or not self._accepts(grant, size):
             first = {item.line: item for item in reversed(grant.items)}
-            self._outbox.give_back(lease, [unstarted(first[line]) for line in sorted(first)], ReturnReason.REFUSED)
+            back = [unstarted(lease, first[line]) for line in sorted(first)]
+            self._outbox.give_back(lease, back, ReturnReason.REFUSED)
             self._close_if_over(lease)
             return
         lease.queue.extend(grant.items)
@@ -424,9 +437,9 @@ class VehicleMachine:
         kept: list[Item] = []
         for item in lease.queue:
             if lines is None or item.line in lines:
-                items.append(unstarted(item))
+                items.append(unstarted(lease, item))
                 self._queued -= 1
-                self._queued_bytes -= len(item.body)
+                self._queued_bytes -= bytes_of(item)
             else:
                 kept.append(item)
         lease.queue.clear()
@@ -445,7 +458,7 @@ class VehicleMachine:
         self._running = {}
         for lease in list(self._leases.values()):
             back = items.get(lease.number, [])
-            back.extend(unstarted(item) for item in lease.queue)
+            back.extend(unstarted(lease, item) for item in lease.queue)
             lease.queue.clear()
             self._outbox.flush(lease)
             self._outbox.give_back(lease, back, reason)
@@ -479,7 +492,7 @@ class VehicleMachine:
             self._start()
         if self._quiet_since_ms is not None and now_ms - self._quiet_since_ms >= self._config.stall_ms:
             self._out.append(KillEngine())
-            self._on_died(now_ms)
+            self._on_died(EngineDied(), now_ms)
         if self._expiry_ms is not None and now_ms >= self._expiry_ms:
             unfinished = [lease for lease in self._leases.values() if lease.unfinished]
             for lease in unfinished:
@@ -499,7 +512,7 @@ class VehicleMachine:
             growth = run.growth
             if growth is None or growth.several or growth.tokens == run.told_tokens:
                 continue
-            checkpoint, tokens = join(run.carried, growth)
+            checkpoint, tokens = join(run.carried, run.carried_tokens, growth)
             if checkpoint is None or checkpoint is run.carried:
                 continue
             run.told_tokens = growth.tokens
@@ -540,7 +553,7 @@ class VehicleMachine:
             item = lease.queue.popleft()
             key = f"{number}-{item.line}"
             running[key] = Run(lease, item)
-            self._queued_bytes -= len(item.body)
+            self._queued_bytes -= bytes_of(item)
             attempts.append(
                 Attempt(
                     key=key,
@@ -663,7 +676,8 @@ class VehicleMachine:
             assert not lease.queue or lease.number in self._waiting, "a queue is looked at"
             assert not lease.unfinished or self._expiry_ms is not None, "a lease ends at its time"
             queued += len(lease.queue)
-            queued_bytes += sum(len(item.body) for item in lease.queue)
+            queued_bytes += sum(bytes_of(item) for item in lease.queue)
+        assert queued_bytes <= self._config.max_queued_bytes, "no more is held than the bound says"
         assert (queued, queued_bytes) == (self._queued, self._queued_bytes)
         self._live.validate()
         self._outbox.validate(self._leases)

@@ -19,9 +19,11 @@ from motorpool.wire import Answered, Broken, Delta, Down, Progress, Results, Ret
 class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The named bounds and times of one vehicle.
 
-    ``freeze_grace_ms`` is how long a frozen engine waits for the owner to go away again before it is killed.
-    ``window_ms`` is how much work, at the recent rate, lies in the engine ahead of time, at most ``max_window``
-    attempts. An engine that holds attempts and gives no sign of life for ``stall_ms`` is killed and counts as died.
+    ``freeze_grace_ms`` is how long a frozen engine waits for the owner to go away again before it is killed; with 0 it
+    is killed in the step that freezes it, once its work has gone back. ``window_ms`` is how much work, at the recent
+    rate, lies in the engine ahead of time, at most ``max_window`` attempts. ``max_queued_bytes`` counts the bodies and
+    the checkpoints that wait. An engine that holds attempts and gives no sign of life for ``stall_ms`` is killed and
+    counts as died.
     """
 
     model: str
@@ -101,9 +103,13 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineDied(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine ended without being asked, or could not start."""
+    """The engine ended without being asked, or could not start.
+
+    ``unheard``: by its own choice, because the agent had not told it in time that it may go on.
+    """
 
     exit_code: int | None = None
+    unheard: bool = False
 
 
 class EngineWorked(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,17 @@ from contextlib import suppress
 
 from motorpool.errors import CallerError
 from motorpool.types import MAX_CHECKPOINT_BYTES, Kind
-from motorpool.wire import Checkpoint, Delta, Grant, Item, ResultItem, ReturnItem, decode_checkpoint, encode_checkpoint
+from motorpool.wire import (
+    Checkpoint,
+    Delta,
+    Grant,
+    Item,
+    ResultItem,
+    ReturnItem,
+    checkpoint_tokens,
+    decode_checkpoint,
+    encode_checkpoint,
+)
 
 
 class Growth:
@@ -51,19 +61,24 @@ def tokens_of(checkpoint: bytes | None) -> int:
     if checkpoint is None:
         return 0
     try:
-        return decode_checkpoint(checkpoint).tokens
+        return checkpoint_tokens(checkpoint)
     except CallerError:
         return 0
 
 
-def join(carried: bytes | None, growth: Growth | None) -> tuple[bytes | None, int]:
+def bytes_of(item: Item) -> int:
+    """Bytes that an attempt holds while it waits."""
+    return len(item.body) + len(item.checkpoint or b"")
+
+
+def join(carried: bytes | None, carried_tokens: int, growth: Growth | None) -> tuple[bytes | None, int]:
     """The checkpoint of carried and grown together, and how many tokens it holds in all.
 
     A carried one that cannot be read was of no use to the engine either, which began anew. One over
     MAX_CHECKPOINT_BYTES (long answers with many logprobs) fits no message: what was carried stays.
     """
     if growth is None or growth.several or growth.tokens == 0:
-        return carried, tokens_of(carried)
+        return carried, carried_tokens
     base = Checkpoint(text="", tokens=0)
     if carried is not None:
         with suppress(CallerError):
@@ -87,9 +102,14 @@ def _join_arrays(arrays: list[bytes]) -> bytes:
 
 
 class Lease:
-    """One lease from its arrival until its last message is durable."""
+    """One lease from its arrival until its last message is durable.
+
+    ``carried_tokens`` is what the checkpoints hold that its lines came with. They are read once, when they arrive: on
+    the way back, when the owner is here, there is no time for it.
+    """
 
     __slots__ = (
+        "carried_tokens",
         "expires_ms",
         "gathered",
         "gathered_bytes",
@@ -111,6 +131,7 @@ class Lease:
         self.kind = grant.kind
         self.media_type = grant.media_type
         self.expires_ms = now_ms + grant.ttl_ms
+        self.carried_tokens = {item.line: tokens_of(item.checkpoint) for item in grant.items if item.checkpoint}
         self.queue: deque[Item] = deque()
         self.running = 0
         self.gathered: list[ResultItem] = []
@@ -132,12 +153,13 @@ class Lease:
 class Run:
     """One attempt of a lease in the engine."""
 
-    __slots__ = ("carried", "growth", "lease", "line", "told_tokens")
+    __slots__ = ("carried", "carried_tokens", "growth", "lease", "line", "told_tokens")
 
     def __init__(self, lease: Lease, item: Item) -> None:
         self.lease = lease
         self.line = item.line
         self.carried = item.checkpoint
+        self.carried_tokens = lease.carried_tokens.get(item.line, 0)
         self.growth: Growth | None = None
         self.told_tokens = 0  # of growth, in the last Progress message
 
@@ -158,12 +180,13 @@ class LiveRun:
         self.seq = 0
 
 
-def unstarted(item: Item) -> ReturnItem:
+def unstarted(lease: Lease, item: Item) -> ReturnItem:
     """What goes back of an attempt that waited."""
-    return ReturnItem(line=item.line, tokens=tokens_of(item.checkpoint), checkpoint=item.checkpoint)
+    tokens = lease.carried_tokens.get(item.line, 0)
+    return ReturnItem(line=item.line, tokens=tokens, checkpoint=item.checkpoint)
 
 
 def interrupted(run: Run, *, started: bool) -> ReturnItem:
     """What goes back of an attempt in the engine; ``started`` if it had a slot."""
-    checkpoint, tokens = join(run.carried, run.growth)
+    checkpoint, tokens = join(run.carried, run.carried_tokens, run.growth)
     return ReturnItem(line=run.line, tokens=tokens, checkpoint=checkpoint, started=started or run.growth is not None)

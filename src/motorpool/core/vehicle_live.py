@@ -142,7 +142,7 @@ class LiveRequests:
         if run is None:
             return
         self._forget(run)
-        checkpoint, _ = join(run.carried, run.growth)
+        checkpoint, _ = join(run.carried, 0, run.growth)  # whoever gets it counts its tokens
         message = Broken(request_id=run.request_id, attempt=run.attempt, reason=reason, checkpoint=checkpoint)
         if self._link_up:
             self._out.append(PublishLive(message=message))

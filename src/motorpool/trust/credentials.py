@@ -1,7 +1,8 @@
 """Who may speak on the vehicle link: the cell's own identities, and the credentials of each vehicle.
 
 A vehicle may publish on its own ``up`` subjects and subscribe to its own ``down`` subject and inbox, and
-nothing else; the NATS server enforces it. Files of secrets are written with mode 0600.
+nothing else; the NATS server enforces it. Inboxes begin with a letter for whose they are, so that no vehicle, whatever
+it is called, has the cell's. Files of secrets are written with mode 0600.
 
 Called by: ``bus``, ``server``, ``cli``. Must not: open connections.
 """
@@ -10,12 +11,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from motorpool import wire
 from motorpool.errors import SetupError, TrustError
 from motorpool.trust.nkeys import ACCOUNT, OPERATOR, USER, KeyPair, account_claims, issue, operator_claims, user_claims
+
+CELL_INBOX: Final = "_INBOX.c"
+
+
+def vehicle_inbox(vehicle_id: str) -> str:
+    """The prefix under which replies reach a vehicle."""
+    return f"_INBOX.v.{vehicle_id}"
 
 
 class VehicleCredentials(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +41,7 @@ class VehicleCredentials(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def inbox(self) -> str:
         """The prefix under which replies reach this vehicle."""
-        return f"_INBOX.{self.vehicle_id}"
+        return vehicle_inbox(self.vehicle_id)
 
 
 class CellIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +80,11 @@ class CellIdentity(msgspec.Struct, frozen=True, kw_only=True):
             f"resolver_preload: {{\n  {account.public}: {account_jwt}\n  {system.public}: {system_jwt}\n}}\n"
         )
 
+    @property
+    def inbox(self) -> str:
+        """The prefix under which replies reach the cell."""
+        return CELL_INBOX
+
     def cell_jwt(self) -> str:
         """The cell's own user: everything in its account."""
         user = KeyPair.from_seed(self.user_seed)
@@ -82,7 +96,7 @@ class CellIdentity(msgspec.Struct, frozen=True, kw_only=True):
         user = KeyPair.generate(USER)
         claims = user_claims(
             publish=[wire.up_subject(vehicle_id, channel) for channel in ("state", "work", "live")],
-            subscribe=[wire.down_subject(vehicle_id), f"_INBOX.{vehicle_id}.>"],
+            subscribe=[wire.down_subject(vehicle_id), f"{vehicle_inbox(vehicle_id)}.>"],
         )
         jwt = issue(KeyPair.from_seed(self.account_seed), user.public, vehicle_id, claims, issued_s)
         return VehicleCredentials(vehicle_id=vehicle_id, urls=urls, jwt=jwt, seed=user.seed)

@@ -10,12 +10,14 @@ Called by: ``agent.loop``. Must not: know of leases, vehicles or permits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
 from motorpool.types import Kind, Usage
 from motorpool.wire import Delta
+
+EXIT_SILENCE: Final = 5  # of an engine's process that was not told in time that it may go on
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +100,7 @@ class Engine(Protocol):
         """Stop attempts; each unfinished one answers Cancelled. Unknown keys are ignored."""
 
     def freeze(self) -> None:
-        """Stop all computing at once, keeping memory."""
+        """Stop all computing at once, keeping memory; doing it twice is doing it once."""
 
     def thaw(self) -> None:
         """Go on after ``freeze``."""
@@ -107,7 +109,15 @@ class Engine(Protocol):
         """End the engine at once and give its memory back; works on a frozen one. No Died event follows."""
 
     def busy_ms(self) -> int:
-        """Milliseconds of engine time spent on attempts since the start (slot-seconds divided by slots)."""
+        """Milliseconds of engine time spent on loading and on attempts since the start (slot-seconds by slots)."""
 
     async def close(self) -> None:
         """Kill and release everything."""
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An engine that goes on computing when the agent's event loop hangs, and so must hear that it may go on."""
+
+    def beat(self) -> None:
+        """The agent has looked, and the engine may go on for a while; without this it ends itself."""

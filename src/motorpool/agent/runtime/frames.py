@@ -1,4 +1,4 @@
-"""The messages between an engine's process and the agent: length-prefixed MessagePack over a socket pair.
+"""Between an engine's process and the agent: length-prefixed MessagePack over a socket pair, and a lifeline.
 
 Decides nothing. Must not: leave the machine; this is no part of the vehicle link and may change at any time.
 Called by: ``hosted`` (the agent's side) and ``host`` (the engine's side).
@@ -6,6 +6,10 @@ Called by: ``hosted`` (the agent's side) and ``host`` (the engine's side).
 
 from __future__ import annotations
 
+import mmap
+import os
+import struct
+import time
 from typing import Final
 
 import msgspec
@@ -19,6 +23,7 @@ MAX_WORK_PER_FRAME: Final = 256
 MAX_WORK_BYTES: Final = 64 * 1024 * 1024  # of bodies and checkpoints in a frame, unless one alone is larger
 MAX_EVENTS_PER_FRAME: Final = 512
 _HEADER_BYTES: Final = 4
+_UNTIL_S: Final = struct.Struct("d")
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -39,10 +44,6 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     keys: list[str]
 
 
-class Beat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To the engine: the agent's event loop turns, so it can still stop the engine."""
-
-
 class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From the engine: why it cannot go on. Its process ends after this."""
 
@@ -50,7 +51,7 @@ class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     code: str
 
 
-ToEngine = Load | Submit | Cancel | Beat
+ToEngine = Load | Submit | Cancel
 FromEngine = Ready | Progressed | Finished | Cancelled | Broken
 TO_ENGINE: Final = msgspec.msgpack.Decoder(ToEngine)
 FROM_ENGINE: Final = msgspec.msgpack.Decoder(list[FromEngine])
@@ -125,3 +126,36 @@ class Unpacker:
             at = end
         del buffer[:at]
         return out
+
+
+class Lifeline:
+    """One number that both processes see: until when the engine may go on without a word from its agent.
+
+    It lies in shared memory and is no message, because an engine that is frozen or gets no processor time reads none,
+    and must not take that for silence. Its clock is the same in both processes, and stands still while the machine
+    sleeps.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._page = mmap.mmap(descriptor, _UNTIL_S.size)
+
+    @staticmethod
+    def make() -> int:
+        """A descriptor of a new one, for both ends; the caller closes it when both have it."""
+        descriptor = os.memfd_create("motorpool-lifeline")
+        os.ftruncate(descriptor, _UNTIL_S.size)
+        return descriptor
+
+    def extend(self, seconds: float) -> None:
+        """The engine may go on for so long from now."""
+        _UNTIL_S.pack_into(self._page, 0, time.monotonic() + seconds)
+
+    @property
+    def over(self) -> bool:
+        """Has the time run out."""
+        until_s: float = _UNTIL_S.unpack_from(self._page)[0]
+        return time.monotonic() > until_s
+
+    def close(self) -> None:
+        """Let go of this end."""
+        self._page.close()

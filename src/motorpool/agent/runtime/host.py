@@ -1,8 +1,8 @@
-"""The engine's process: ``python -m motorpool.agent.runtime.host FD PARENT``.
+"""The engine's process: ``python -m motorpool.agent.runtime.host FD PARENT LIFELINE``.
 
 Decides: nothing but when to end, which is at once when its parent is gone. Must not: outlive its parent, leave a core
 dump, take the processor from anybody, open a port, write requests or answers anywhere but to its parent.
-Called by: ``hosted``, with one end of a socket pair and the parent's process id.
+Called by: ``hosted``, with one end of a socket pair, the parent's process id and the descriptor of a lifeline.
 
 Events leave in the turn of the loop in which they came up; what is in the socket survives a freeze and a kill.
 """
@@ -26,15 +26,15 @@ import uvloop
 
 from motorpool.agent.runtime import frames
 from motorpool.agent.runtime.backend import BackendRunner, Emit
-from motorpool.agent.runtime.engine import Died, EngineEvent
+from motorpool.agent.runtime.engine import EXIT_SILENCE, Died, EngineEvent
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.errors import MotorpoolError, SetupError
 
 MAX_FILE_BYTES: Final = 8 * 1024 * 1024  # of anything that this process writes: the log
 EXIT_ORPHAN: Final = 3
 EXIT_BROKEN: Final = 4
-EXIT_SILENCE: Final = 5
 LOOKS_A_SILENCE: Final = 10
+LOOKS_TO_BE_SURE: Final = 3
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 
@@ -75,7 +75,8 @@ def step_back(*, idle_priority: bool) -> None:
 class Host(asyncio.Protocol):
     """The engine's end of the socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, lifeline: frames.Lifeline) -> None:
+        self._lifeline = lifeline
         self._unpacker = frames.Unpacker()
         self._transport: asyncio.Transport | None = None
         self._backend: BackendRunner | None = None
@@ -83,7 +84,6 @@ class Host(asyncio.Protocol):
         self._out: list[frames.FromEngine] = []
         self.over = asyncio.Event()
         self.exit_code = 0
-        self.heard = 0  # how often the parent has said something
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember where to write to."""
@@ -95,7 +95,6 @@ class Host(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take the parent's messages."""
-        self.heard += 1
         for message in self._unpacker.feed(data):
             self._take(frames.TO_ENGINE.decode(message))
 
@@ -109,10 +108,9 @@ class Host(asyncio.Protocol):
         if isinstance(message, frames.Load):
             # The null engine computes next to nothing; what is measured through it is everything else.
             step_back(idle_priority=message.spec.idle_priority and message.spec.backend is not Backend.NULL)
-            end_in_silence(self, message.spec.silence_s)
+            if message.spec.silence_s > 0:
+                end_in_silence(self._lifeline, message.spec.silence_s)
             self._loading = asyncio.ensure_future(self._load(message.spec))
-        elif isinstance(message, frames.Beat):
-            return
         elif self._backend is None:
             raise AssertionError("the agent's side sends Load first")
         elif isinstance(message, frames.Submit):
@@ -144,22 +142,19 @@ class Host(asyncio.Protocol):
             self._transport.write(data)
 
 
-def end_in_silence(host: Host, silence_s: float) -> None:
-    """Watch in a thread that the parent still speaks, and end this process when it does not.
+def end_in_silence(lifeline: frames.Lifeline, silence_s: float) -> None:
+    """Watch in a thread that the agent still lets this process go on, and end it when it does not.
 
-    Only looks that came in time count, so that a process which was frozen, starved or asleep for a while does not take
-    that for the parent's silence.
+    One look is not enough: after a time in which the whole machine stood still the agent needs a moment to say so.
+    While llama.cpp loads a model no thread of Python can look; that silence is noticed when it has loaded.
     """
     tick_s = silence_s / LOOKS_A_SILENCE
 
     def watch() -> None:
-        heard, silent = host.heard, 0
-        while silent < LOOKS_A_SILENCE:
-            before_s = time.monotonic()
+        over = 0
+        while over < LOOKS_TO_BE_SURE:
             time.sleep(tick_s)
-            late = time.monotonic() - before_s > 2 * tick_s
-            silent = 0 if late or host.heard != heard else silent + 1
-            heard = host.heard
+            over = over + 1 if lifeline.over else 0
         os._exit(EXIT_SILENCE)
 
     threading.Thread(target=watch, name="silence", daemon=True).start()
@@ -180,11 +175,11 @@ def make_backend(spec: EngineSpec, emit: Emit) -> BackendRunner:
     return NullBackend(spec, emit)
 
 
-async def serve(fd: int) -> int:
+async def serve(fd: int, lifeline_fd: int) -> int:
     """Serve one parent until it is gone; return the exit code."""
     end = socket.socket(fileno=fd)
     end.setblocking(False)
-    host = Host()
+    host = Host(frames.Lifeline(lifeline_fd))
     await asyncio.get_running_loop().create_unix_connection(lambda: host, sock=end)
     await host.over.wait()
     return host.exit_code
@@ -192,10 +187,10 @@ async def serve(fd: int) -> int:
 
 def main(arguments: list[str]) -> None:
     """Run until the parent is gone. Leaves without joining threads: they may be deep inside a model."""
-    fd, parent = int(arguments[0]), int(arguments[1])
+    fd, parent, lifeline_fd = (int(argument) for argument in arguments)
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
-    code = uvloop.run(serve(fd))
+    code = uvloop.run(serve(fd, lifeline_fd))
     os._exit(code)
 
 

@@ -6,7 +6,7 @@ Called by: ``build_engine``.
 The child leads a process group of its own, which is what ``freeze`` stops and ``kill`` ends; both are done by the
 kernel and need nothing from the child. If this process dies, the kernel ends the child (``host`` asks for that).
 The kernel does so when the *thread* that started the child ends, so ``start`` must be called in the main thread or in
-one that lives as long as the engine.
+one that lives as long as the engine. If this process hangs, nobody calls ``beat`` any more and the child ends itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from motorpool.errors import CapacityError, EngineError
 
 MAX_HELD: Final = 65_536  # attempts in one engine, running and queued
 MAX_LOG_BYTES: Final = 1024 * 1024  # a longer log is started anew
-BEATS_A_SILENCE: Final = 10  # in a healthy agent
 CLOSED_GRACE_S: Final = 2.0  # from the end of the connection to the end of the process
 _SOCKET_BYTES: Final = 4 * 1024 * 1024
 
@@ -56,6 +55,7 @@ class HostedEngine:
         if self._child is not None:
             raise EngineError("the engine is already started")
         self._meter = BusyMeter(self._spec.slots)
+        self._meter.load()
         child = _Child(self._spec, self._meter, on_events, self._gone)
         self._child = child
         try:
@@ -99,8 +99,13 @@ class HostedEngine:
             child.kill()
             self._meter.clear()
 
+    def beat(self) -> None:
+        """It may go on for the spec's ``silence_s`` from now."""
+        if self._child is not None:
+            self._child.beat()
+
     def busy_ms(self) -> int:
-        """Slot-seconds spent on attempts, divided by the slots; not counting time that it was frozen."""
+        """The time of loading, and slot-seconds spent on attempts, divided by the slots; not the time it was frozen."""
         return self._meter.busy_ms()
 
     async def close(self) -> None:
@@ -138,7 +143,7 @@ class _Child(asyncio.Protocol):
         self._broken: frames.Broken | None = None
         self._pidfd = -1
         self._exit_code: int | None = None
-        self._beat: asyncio.TimerHandle | None = None
+        self._lifeline: frames.Lifeline | None = None
         self._folder: Path | None = None
         self.gone = asyncio.Event()
         self.ready = False
@@ -165,13 +170,10 @@ class _Child(asyncio.Protocol):
         self._watch(asyncio.get_running_loop(), self._process)
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
         self.send(frames.Load(spec=self._spec))
-        self._keep_beating()
 
-    def _keep_beating(self) -> None:
-        if self.gone.is_set():  # it was killed while it was starting
-            return
-        self.send(frames.Beat())
-        self._beat = asyncio.get_running_loop().call_later(self._spec.silence_s / BEATS_A_SILENCE, self._keep_beating)
+    def beat(self) -> None:
+        if self._lifeline is not None:
+            self._lifeline.extend(self._spec.silence_s)
 
     def clear_up(self) -> None:
         """Remove what the process may have left of its loading: it could be killed at any moment."""
@@ -180,16 +182,22 @@ class _Child(asyncio.Protocol):
             self._folder = None
 
     def _spawn(self, fd: int, log: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "motorpool.agent.runtime.host", str(fd), str(os.getpid())]
-        return subprocess.Popen(
-            command,
-            pass_fds=(fd,),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=os.environ | {"TMPDIR": str(folder)},
-        )
+        lifeline_fd = frames.Lifeline.make()
+        try:
+            self._lifeline = frames.Lifeline(lifeline_fd)
+            self.beat()
+            module = "motorpool.agent.runtime.host"
+            return subprocess.Popen(
+                [sys.executable, "-m", module, str(fd), str(os.getpid()), str(lifeline_fd)],
+                pass_fds=(fd, lifeline_fd),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {"TMPDIR": str(folder)},
+            )
+        finally:
+            os.close(lifeline_fd)
 
     def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
         """Learn of the end of the process."""
@@ -281,8 +289,9 @@ class _Child(asyncio.Protocol):
         if self._exit_code is None or self._transport is not None or self.gone.is_set():
             return
         self.gone.set()
-        if self._beat is not None:
-            self._beat.cancel()
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._lifeline = None
         self.clear_up()
         self._on_gone(self)
         on_events, self._on_events = self._on_events, None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import platform
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from motorpool.agent.runtime.answer import fingerprint
 from motorpool.agent.runtime.backend import Emit
@@ -82,32 +83,58 @@ class LlamaBackend:
 
 
 def _load(spec: EngineSpec) -> Model:
-    """Load the model; raise ModelFileError if the file is not the one that the catalogue names."""
+    """Load the model; raise ModelFileError if the file is not the one that the catalogue names.
+
+    llama.cpp reads the file that was checked, and not once more whatever has its name by then.
+    """
     path = Path(spec.model_path)
     remedy = f"fetch it with: motorpool models pull {spec.model} --force"
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file = path.open("rb")
     except OSError as error:
         raise ModelFileError(f"the model file {path} cannot be read ({error.strerror}); {remedy}") from error
-    if spec.model_sha256 and digest != spec.model_sha256:
-        raise ModelFileError(f"the model file {path} is not the one that the catalogue names; {remedy}")
+    with file:
+        before = _written(file)
+        try:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelFileError(f"the model file {path} cannot be read ({error.strerror}); {remedy}") from error
+        if spec.model_sha256 and digest != spec.model_sha256:
+            raise ModelFileError(f"the model file {path} is not the one that the catalogue names; {remedy}")
+        model = _serve(spec, file, digest)
+        if _written(file) != before:
+            raise ModelFileError(f"the model file {path} was written to while it was loaded; {remedy}")
+    return model
+
+
+def _written(file: IO[bytes]) -> tuple[int, int]:
+    """When a file was last written to, and how long it is."""
+    status = os.fstat(file.fileno())
+    return status.st_mtime_ns, status.st_size
+
+
+def _serve(spec: EngineSpec, file: IO[bytes], digest: str) -> Model:
+    """llama.cpp with the model in ``file``."""
     try:
         import xllamacpp  # noqa: PLC0415  # a hundred megabytes that only this process needs
     except ImportError as error:
         raise SetupError("the llama engine is not installed; install it with: pip install motorpool[llama]") from error
     folder = SocketFolder()
     try:
-        server = xllamacpp.Server(_parameters(xllamacpp.CommonParams(), spec, folder.path))
+        params = _parameters(xllamacpp.CommonParams(), spec, folder.path)
+        params.model.path = f"/proc/self/fd/{file.fileno()}"
+        server = xllamacpp.Server(params)
     except RuntimeError as error:
         folder.remove()
-        raise EngineError(f"llama.cpp cannot load the model file {path}; {remedy}") from error
+        raise EngineError(
+            f"llama.cpp cannot load the model file {spec.model_path}; "
+            f"fetch it with: motorpool models pull {spec.model} --force"
+        ) from error
     name = fingerprint("llama.cpp", xllamacpp.__version__, digest, platform.machine(), *_instructions())
     return Model(spec=spec, server=server, socket=folder.hide(), fingerprint=name)
 
 
 def _parameters(params: Any, spec: EngineSpec, socket_path: str) -> Any:
-    params.model.path = spec.model_path
     params.hostnames = [socket_path]
     params.n_parallel = spec.slots
     params.n_ctx = spec.slots * spec.context_tokens

@@ -11,7 +11,10 @@ from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished
 
 
 class BusyMeter:
-    """Adds up slot-seconds. An engine runs as many attempts as it has slots, so what it holds says how busy it is."""
+    """Adds up slot-seconds. An engine runs as many attempts as it has slots, so what it holds says how busy it is.
+
+    An engine that loads its model works as hard as one with all slots taken.
+    """
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -19,16 +22,22 @@ class BusyMeter:
         self._slot_s = 0.0
         self._since_s = time.monotonic()
         self._running = False
+        self._loading = False
+
+    def load(self) -> None:
+        """The engine loads from now on, until it runs or stops."""
+        self._settle()
+        self._loading = True
 
     def run(self) -> None:
         """The engine computes from now on."""
         self._settle()
-        self._running = True
+        self._running, self._loading = True, False
 
     def stop(self) -> None:
         """The engine computes no more: frozen, dead or not ready."""
         self._settle()
-        self._running = False
+        self._running = self._loading = False
 
     def add(self, attempts: int) -> None:
         """The engine holds more attempts, or fewer if negative."""
@@ -53,6 +62,6 @@ class BusyMeter:
 
     def _settle(self) -> None:
         now_s = time.monotonic()
-        if self._running:
-            self._slot_s += (now_s - self._since_s) * min(self._held, self._slots)
+        busy = self._slots if self._loading else min(self._held, self._slots) if self._running else 0
+        self._slot_s += (now_s - self._since_s) * busy
         self._since_s = now_s

@@ -3,12 +3,13 @@
 Decides: how an attempt becomes a request to that server and its answer ours. Must not: hold the key longer than needed
 for the header, or pass on the server's own troubles as the customer's. Called by: ``host``.
 
-Limits, as the server is not ours: it computes on while this process is frozen, until its buffers are full, and stops
-when the connection is closed. Token ids are not known (-1), and a chunk without logprobs counts as one token until the
-server's usage arrives. A chat answer is continued from its text, as a last assistant message with
-``continue_final_message`` (vLLM, llama.cpp); a server that ignores this may begin a new sentence instead. A text
-completion is continued by adding the text to the prompt. Prompts of token ids and requests for several choices start
-again. The prompt tokens of a continued answer are the reported ones less the carried ones.
+Limits, as the server is not ours: it computes on while this process is frozen and stops only when the connection is
+closed, so an agent kills this engine instead of freezing it. Token ids are not known (-1), and a chunk without logprobs
+counts as one token until the server's usage arrives. A chat answer is continued from its text, as a last assistant
+message with ``continue_final_message`` (vLLM, llama.cpp); a server that ignores this may begin a new sentence instead.
+A text completion is continued by adding the text to the prompt. Prompts of token ids and requests for several choices
+start again. ``echo`` of a prompt that is text is done here, since the server would echo what was carried as well. The
+prompt tokens of a continued answer are the reported ones less the carried ones.
 """
 
 from __future__ import annotations
@@ -95,10 +96,12 @@ class RemoteBackend:
             work = self._queue.popleft()
             task = asyncio.ensure_future(self._run(work))
             self._running[work.key] = task
-            task.add_done_callback(lambda _task, key=work.key: self._over(key))  # type: ignore[misc]  # binds the key
+            task.add_done_callback(lambda task, key=work.key: self._over(key, task))  # type: ignore[misc]  # binds the key
 
-    def _over(self, key: str) -> None:
+    def _over(self, key: str, task: asyncio.Task[None]) -> None:
         del self._running[key]
+        if task.cancelled():  # before its first step, so that it could not say so by itself
+            self._emit([Cancelled(key=key)])
         self._fill()
 
     async def _run(self, work: Work) -> None:
@@ -147,17 +150,17 @@ class _Call:
         self._emit = emit
         self._body = parse(work.kind, work.body)
         self._carried = self._resumable(self._body)
+        self._limit = self._body.limit_tokens
         self._parts: dict[int, _Part] = {}
         self._usage: dict[str, Any] = {}
 
     async def run(self) -> EngineEvent:
         carried = self._carried
-        limit = self._body.limit_tokens
         if carried is not None:
             first = self._part(0)
             if first.flow.stopped:
                 first.reason = "stop"
-            elif limit is not None and carried.tokens >= limit:
+            elif self._limit is not None and carried.tokens >= self._limit:
                 first.reason = "length"
         if not any(part.reason for part in self._parts.values()):
             await self._stream(self._request())
@@ -178,18 +181,36 @@ class _Call:
         request["model"] = self._spec.remote_model or self._spec.model
         request["stream"] = True
         request["stream_options"] = {"include_usage": True}
-        carried = self._carried
+        carried, body = self._carried, self._body
+        if self._limit is not None:
+            fields = ["max_tokens", "max_completion_tokens"] if isinstance(body, ChatBody) else ["max_tokens"]
+            left = self._limit - (carried.tokens if carried else 0)
+            # Servers differ in which one counts, and in what they take for a completion without any.
+            request |= {field: left for field in fields if request.get(field) is not None} or {fields[0]: left}
+        if self._echoes:
+            request["echo"] = False
+        if isinstance(body, ChatBody):
+            request["messages"] = body.messages
         if carried is None or not carried.text:
             return request
-        if isinstance(self._body, ChatBody):
-            request["messages"] = [*request["messages"], {"role": "assistant", "content": carried.text}]
+        if isinstance(body, ChatBody):
+            request["messages"] = [*body.messages, {"role": "assistant", "content": carried.text}]
             request |= {"continue_final_message": True, "add_generation_prompt": False}
         else:
-            request["prompt"] = f"{self._body.prompts[0]}{carried.text}"
-        for field in ("max_tokens", "max_completion_tokens"):
-            if request.get(field) is not None:
-                request[field] -= carried.tokens
+            request["prompt"] = f"{body.prompts[0]}{carried.text}"
         return request
+
+    @property
+    def _echoes(self) -> bool:
+        """Whether the prompts shall stand in the answer and are texts, so that it is done here."""
+        body = self._body
+        return isinstance(body, CompletionBody) and bool(body.echo) and isinstance(body.prompts[0], str)
+
+    def _echo(self, index: int) -> str:
+        if not self._echoes:
+            return ""
+        assert isinstance(self._body, CompletionBody)
+        return str(self._body.prompts[min(index // (self._body.n or 1), len(self._body.prompts) - 1)])
 
     async def _stream(self, request: dict[str, Any]) -> None:
         content = msgspec.json.encode(request)
@@ -264,6 +285,7 @@ class _Call:
             finish_reason=reason,
             entries=part.entries if self._body.top is not None else None,
             tool_calls=[part.tools[at] for at in sorted(part.tools)] or None,
+            echo=self._echo(index),
         )
 
     def _billed(self) -> Usage:

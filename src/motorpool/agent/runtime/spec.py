@@ -33,8 +33,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     process. ``log_path`` takes what llama.cpp says on stderr; it is dropped if None. ``idle_priority`` lets every
     other process of the machine go first, to the point of getting nothing where others want every core; that is what a
     vehicle's computer needs. Several simulated vehicles on one computer share it fairly without. The null engine has
-    nothing to give way with. An engine process that hears
-    nothing from its agent for ``silence_s`` ends itself: an agent that hangs cannot stop it any more.
+    nothing to give way with. An engine process that its agent has not let go on for ``silence_s`` ends itself: an agent
+    that hangs cannot stop it any more. The agent takes it from the time that a permit holds; 0 is for engines that no
+    agent watches over, as in measurements.
     """
 
     backend: Backend
@@ -52,4 +53,4 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     hosted: bool = True
     log_path: str | None = None
     idle_priority: bool = True
-    silence_s: float = 10.0
+    silence_s: float = 0.0
