@@ -19,7 +19,7 @@ from motorpool.agent.signals.car import CarSpec
 from motorpool.catalogue import NULL_MODEL
 from motorpool.cli.folders import private_files, take
 from motorpool.cli.modelfiles import fetched, load_catalogue
-from motorpool.cli.output import finite
+from motorpool.cli.output import Number
 from motorpool.cli.process import run
 from motorpool.cli.running import CREDENTIALS_NAME
 from motorpool.core.guard import Policy
@@ -39,8 +39,7 @@ from motorpool.core.guard import Policy
     "--null-rate",
     default=40.0,
     show_default=True,
-    type=click.FloatRange(min=0, max=1e9),
-    callback=finite,
+    type=Number(min=0, max=1e9),
     help="Tokens a second of each slot of the null engine; 0: no limit.",
 )
 @click.option(
@@ -50,8 +49,7 @@ from motorpool.core.guard import Policy
     "--floor",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(0, 100),
-    callback=finite,
+    type=Number(0, 100),
     help="The owner's floor: no work below this charge, in percent.",
 )
 @click.option("--region", default="local", show_default=True, help="Region code; never a place.")
@@ -60,8 +58,7 @@ from motorpool.core.guard import Policy
     "--state-interval",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0.05, 10),
-    callback=finite,
+    type=Number(0.05, 10),
     help="Longest silence towards the cell, in seconds.",
 )
 def agent(

@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from motorpool.agent.enrolment import CONSENT_NAME, PUBLIC_NAME, ConsentFile, give_consent, take_consent_back
-from motorpool.cli.output import finite
+from motorpool.cli.output import Number
 from motorpool.cli.owner import vehicle_folder
 from motorpool.cli.running import CREDENTIALS_NAME
 from motorpool.core.guard import MINUTES_A_DAY, ConsentView
@@ -102,23 +102,9 @@ def show(*, vehicle: str, data: Path | None, folder: Path | None) -> None:
 @consent.command()
 @_of_a_vehicle
 @click.option("--watts", default=150, show_default=True, type=click.IntRange(1), help="Power that may be drawn.")
-@click.option(
-    "--floor",
-    default=30.0,
-    show_default=True,
-    type=click.FloatRange(0, 100),
-    callback=finite,
-    help="No work below this charge, in %.",
-)
+@click.option("--floor", default=30.0, show_default=True, type=Number(0, 100), help="No work below this charge, in %.")
 @click.option("--ready-by", callback=minute_of_day, help="When the car is needed each day (local time, as 07:30).")
-@click.option(
-    "--target",
-    default=80.0,
-    show_default=True,
-    type=click.FloatRange(0, 100),
-    callback=finite,
-    help="Charge by then, in percent.",
-)
+@click.option("--target", default=80.0, show_default=True, type=Number(0, 100), help="Charge by then, in percent.")
 @click.option("--days", default=365, show_default=True, type=click.IntRange(1, 3660), help="For how long.")
 def give(
     *,

@@ -29,7 +29,7 @@ from motorpool.cli.keys import make_key
 from motorpool.cli.modelfiles import load_catalogue
 from motorpool.cli.models import ensure_model
 from motorpool.cli.operator import AdminClient
-from motorpool.cli.output import finite, print_json, say, stderr_console, write_whole
+from motorpool.cli.output import Number, print_json, say, stderr_console, write_whole
 from motorpool.cli.running import DEV_FILE, SERVE_LOCK, Running, data_flag, default_data
 from motorpool.cli.supervise import Child, until
 from motorpool.cli.watch import watch
@@ -329,8 +329,7 @@ class Dev:
     "--null-rate",
     default=40.0,
     show_default=True,
-    type=click.FloatRange(min=0, max=1e9),
-    callback=finite,
+    type=Number(min=0, max=1e9),
     help="Tokens a second of each slot of the null engine; 0: no limit.",
 )
 @click.option(

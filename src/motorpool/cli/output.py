@@ -121,11 +121,15 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         raise
 
 
-def finite(_context: click.Context, _option: click.Parameter, value: float) -> float:
-    """A callback for options: a usage error for what is no number, which every range lets through."""
-    if not math.isfinite(value):
-        raise click.BadParameter("this is no number")
-    return value
+class Number(click.FloatRange):
+    """A number within bounds, as an option's type: a usage error for ``nan``, which every range lets through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail("this is no number", param, ctx)
+        return number
 
 
 def is_terminal() -> bool:
