@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test crash check lock bench clean
+.PHONY: help setup model demo test crash check lock upgrade bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -28,8 +28,13 @@ check: setup ## Lint, types, imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --config pyproject.toml
 
-lock: ## Renew the locked versions
-	@$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --custom-compile-command "make lock" --upgrade -q -o requirements/dev.lock
+COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --all-extras --no-emit-index-url --no-annotate --custom-compile-command "make lock" -q -o requirements/dev.lock
+
+lock: ## Lock what pyproject.toml asks for; versions that still fit stay
+	@$(COMPILE)
+
+upgrade: ## The same with the newest versions of everything
+	@$(COMPILE) --upgrade
 
 clean: ## Remove what make made
 	@rm -rf .venv demo-output bench/.envs bench/.work
@@ -60,3 +65,24 @@ bench-yield: setup model ## From the owner's hand to an engine that computes no 
 	@$(BIN)/python -m bench.run_yield $(BENCH_FLAGS)
 	@$(BIN)/python -m bench.report --markdown
 	@$(BIN)/python -m bench.summary
+
+.PHONY: bench-agent
+bench-agent: setup ## What the agent itself takes while its car may not work
+	@$(BIN)/python -m bench.run_agent $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary
+
+.PHONY: check-deep wear-table departures-check
+check-deep: setup model ## Ten thousand examples of each invariant, and every fault at every step of a lease (an hour)
+	@MOTORPOOL_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_invariants.py tests/test_invariant_*.py tests/test_trust_*.py -p no:cacheprovider
+	@MOTORPOOL_SWEEP=all $(BIN)/python -m pytest tests/test_fault_sweep.py -s
+
+wear-table: setup ## Run the battery models again and write the wear table
+	@$(BIN)/python tools/wear_table.py
+
+departures-check: setup ## How well the forecast does on recorded sessions: make departures-check SESSIONS=FILE
+	@$(BIN)/python tools/departures_check.py --sessions $(SESSIONS)
+
+.PHONY: owner-year
+owner-year: setup ## A year of an owner with and without Motorpool, and its picture: make owner-year SESSIONS=FOLDER
+	@$(BIN)/motorpool sim year --sessions $(SESSIONS)

@@ -37,7 +37,7 @@ from motorpool.store import books, customer
 from motorpool.store.blobs import BlobStore, Opener, open_private
 from motorpool.store.customer import BatchRow, FileRow
 from motorpool.store.database import Database
-from motorpool.wire import Delta
+from motorpool.wire import Delta, State
 
 T = TypeVar("T")
 Item = LiveTokens | LiveAnswer
@@ -67,6 +67,8 @@ class LocalCell:
         self.closed: list[str] = []
         self.asked: list[LiveRequest] = []
         self.write_error: Exception | None = None
+        self.states: dict[str, State] = {}
+        self.spoken: list[tuple[str, str]] = []
         self._queues: dict[str, asyncio.Queue[EngineEvent]] = {}
         self._runs: dict[int, asyncio.Task[None]] = {}
 
@@ -162,6 +164,14 @@ class LocalCell:
             if not finished:
                 self.engine.cancel([request.request_id])
                 self.closed.append(request.request_id)
+
+    # -- owners
+
+    def vehicle_state(self, vehicle_id: str) -> State | None:
+        return self.states.get(vehicle_id)
+
+    async def owner_spoke(self, vehicle_id: str, what: str) -> None:
+        self.spoken.append((vehicle_id, what))
 
     # -- batches
 

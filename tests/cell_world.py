@@ -26,7 +26,8 @@ from motorpool.catalogue import Catalogue, Model
 from motorpool.core.guard import Policy
 from motorpool.server.admin.app import Admin
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens
-from motorpool.server.loop import CellLoop, Entry
+from motorpool.server.entries import Entry
+from motorpool.server.loop import CellLoop
 from motorpool.server.openai.app import Api, build_app
 from motorpool.server.openai.keys import create_key
 from motorpool.store.blobs import BlobStore
@@ -177,9 +178,9 @@ class World:
 
     # -- vehicles ------------------------------------------------------------------------------------------------------
 
-    async def enrol(self, vehicle_id: str) -> bytes:
+    async def enrol(self, vehicle_id: str, owner_key: str = "") -> bytes:
         """Its credentials, as the operator gets them."""
-        response = await self.operator.post("/v1/vehicles", json={"vehicle_id": vehicle_id})
+        response = await self.operator.post("/v1/vehicles", json={"vehicle_id": vehicle_id, "owner_key": owner_key})
         assert response.status_code == 201, response.text
         return response.content
 
@@ -214,11 +215,13 @@ class World:
             freeze_grace_ms=300,
         )
 
-    async def hand_played(self, vehicle_id: str, *, slots: int = 4) -> HandPlayed:
+    async def hand_played(
+        self, vehicle_id: str, *, slots: int = 4, region: str = "local", owner_key: str = ""
+    ) -> HandPlayed:
         """Enrol a vehicle that the test plays itself; it has reported that it is ready."""
         path = self.folder / f"{vehicle_id}.json"
-        path.write_bytes(await self.enrol(vehicle_id))
-        hand = HandPlayed(vehicle_id, slots)
+        path.write_bytes(await self.enrol(vehicle_id, owner_key))
+        hand = HandPlayed(vehicle_id, slots, region)
         await hand.connect(path)
         self._hands.append(hand)
         hand.report()
@@ -257,9 +260,10 @@ class Agent:
 class HandPlayed:
     """A vehicle that says what the test wants it to say."""
 
-    def __init__(self, vehicle_id: str, slots: int) -> None:
+    def __init__(self, vehicle_id: str, slots: int, region: str) -> None:
         self.vehicle_id = vehicle_id
         self.slots = slots
+        self.region = region
         self.incarnation = "hand"
         self.link: VehicleLink
         self._seq = 0
@@ -272,11 +276,12 @@ class HandPlayed:
             lambda up: None,
         )
 
-    def report(self, held: list[str] | None = None, state: VehicleState = VehicleState.READY) -> None:
+    def report(self, held: list[str] | None = None, state: VehicleState = VehicleState.READY, **fields: Any) -> None:
         self._seq += 1
         message = wire.State(
-            incarnation=self.incarnation, seq=self._seq, state=state, model=MODEL, slots=self.slots, held=held or []
-        )
+            incarnation=self.incarnation, seq=self._seq, state=state, model=MODEL, slots=self.slots, held=held or [],
+            region=self.region, **fields,
+        )  # fmt: skip
         self.link.publish_state(wire.encode(message))
 
     async def next(self, kind: type[Any]) -> Any:
@@ -286,13 +291,20 @@ class HandPlayed:
                 pass
         return message
 
-    async def finish(self, grant: wire.Grant, lines: list[int], message_id: str, **changes: Any) -> None:
+    def heard(self) -> list[wire.Down]:
+        """What has come from the cell and was not looked at."""
+        return [self._received.get_nowait() for _ in range(self._received.qsize())]
+
+    async def finish(
+        self, grant: wire.Grant, lines: list[int], message_id: str, *, energy_mwh: int = 0, measured: bool = False,
+        **changes: Any,
+    ) -> None:  # fmt: skip
         """Publish results for these lines."""
         fields: dict[str, Any] = {"status": 200, "body": b'{"by":"hand"}', "prompt_tokens": 3, "completion_tokens": 5}
         items = [wire.ResultItem(line=number, **(fields | changes)) for number in lines]
         message = wire.Results(
             incarnation=self.incarnation, message_id=message_id, lease_id=grant.lease_id, job_id=grant.job_id,
-            items=items,
+            items=items, energy_mwh=energy_mwh, energy_is_measured=measured,
         )  # fmt: skip
         await self.link.publish_work(wire.encode(message), f"{message_id}-{lines}")
 

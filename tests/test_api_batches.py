@@ -129,6 +129,7 @@ def test_every_key_of_a_batch_is_there_from_the_start(server: Running, client: o
         "output_tokens",
         "output_tokens_details",
         "total_tokens",
+        "motorpool",
     }
 
 

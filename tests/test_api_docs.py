@@ -13,15 +13,20 @@ from motorpool import errors, types
 from motorpool.agent.runtime import request as engine_request
 from motorpool.server.openai import app, batches, exchange, files, heads, requests, settings, uploads, validation
 from motorpool.server.openai.decoding import CHOICES
+from motorpool.server.openai.footprints import ShownFootprint
 from motorpool.server.openai.lines import check_line
 from motorpool.server.openai.settings import ApiSettings
+from motorpool.server.owner import routes, sessions
+from motorpool.trust import consent, owneraccess
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/reference/api.md").read_text("utf-8")
 API = sorted((ROOT / "src/motorpool/server/openai").glob("*.py"))
+OWNER = sorted((ROOT / "src/motorpool/server/owner").glob("*.py"))
 # Where an error that a customer sees may come from.
 SOURCES = [
     *API,
+    *OWNER,
     ROOT / "src/motorpool/store/customer.py",
     ROOT / "src/motorpool/store/blobs.py",
     ROOT / "src/motorpool/server/live.py",
@@ -118,7 +123,7 @@ def test_every_code_of_the_api_itself_is_provoked_by_a_test() -> None:
     tests = "".join(
         path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py") if path.name != Path(__file__).name
     )
-    codes = set().union(*(_codes_of(path) for path in API))
+    codes = set().union(*(_codes_of(path) for path in [*API, *OWNER]))
     assert [code for code in sorted(codes) if f'"{code}"' not in tests] == []
 
 
@@ -171,6 +176,17 @@ def test_every_limit_is_documented() -> None:
     assert requests.COMPLETION_TOKENS == engine_request.COMPLETION_TOKENS
     assert f"{requests.COMPLETION_TOKENS} if it is left out" in PAGE
     assert f"after another {heads.MAX_UNREAD_BYTES} bytes" in PAGE
+    assert f"`days` (1 to {routes.MAX_STATEMENT_DAYS}, default {routes.STATEMENT_DAYS})" in PAGE
+    minutes = f"{routes.DEFAULT_PAUSE_MINUTES} and {routes.DEFAULT_NEED_CAR_MINUTES}"
+    assert f"(1 to {routes.MAX_MINUTES}, default {minutes})" in PAGE
+    assert f"at most {consent.MAX_DOCUMENT_BYTES} bytes" in PAGE
+    assert f"{sessions.BURST} at once, and one more every {sessions.REFILL_MS // 1000} seconds" in PAGE
+    assert f"for {sessions.TOKEN_MS // 60_000} minutes" in PAGE
+    assert f"for {sessions.CODE_MS // 3_600_000} hours" in PAGE
+    assert owneraccess.CHALLENGE_DOMAIN.decode().strip() in PAGE
+    assert owneraccess.RESUME_DOMAIN.decode().strip() in PAGE
+    assert all(f"`{name}`" in PAGE for name in routes.OwnerView.__struct_fields__)
+    assert all(f"| `{name}` |" in PAGE for name in ShownFootprint.__struct_fields__)
     assert all(f"`{purpose}`" in PAGE for purpose in files.PURPOSES)
 
 

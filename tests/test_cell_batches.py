@@ -207,9 +207,9 @@ def test_files_are_written_a_few_lines_at_a_time_and_hold_every_line_once(
 
     def results_between(
         db: sqlite3.Connection, batch_no: int, first: int, last: int, max_bytes: int
-    ) -> tuple[list[tuple[int, int, bytes]], int]:
+    ) -> tuple[list[books.DoneLine], int]:
         found = real(db, batch_no, first, last, max_bytes)
-        read.append(sum(len(body) for _, _, body in found[0]))
+        read.append(sum(len(row.body) for row in found[0]))
         return found
 
     monkeypatch.setattr(books, "results_between", results_between)

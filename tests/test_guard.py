@@ -8,6 +8,21 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.guard_trial import (
+    CONSENT,
+    FINE,
+    FREE,
+    GOOD,
+    MINUTE_NOW,
+    NOW_MS,
+    POLICY,
+    Standing,
+    charging,
+    codes,
+    ready_by,
+    verdict,
+    with_,
+)
 
 from motorpool.agent.signals.source import AlwaysParked
 from motorpool.core.guard import (
@@ -20,32 +35,10 @@ from motorpool.core.guard import (
     Policy,
     Reading,
     Signals,
-    Verdict,
     decide,
 )
+from motorpool.core.signals import NEEDED, DriverMode, NetworkClass
 from motorpool.types import Permit, Reason, ReasonCode
-
-NOW_MS = 1_790_000_000_000  # 14:13:20 UTC
-MINUTE_NOW = 14 * 60 + 13
-POLICY = Policy(watts_w=100, dwell_ms=1_000)
-CONSENT = ConsentView(refusal=None, max_watts_w=150, floor_pct=20.0, expires_ms=NOW_MS + 86_400_000)
-GOOD = AlwaysParked().read(NOW_MS)
-FINE = History(fine_since_ms=NOW_MS - 1_000)
-
-
-def with_(signals: Signals, **values: Any) -> Signals:
-    return msgspec.structs.replace(signals, **{name: Reading(value, NOW_MS) for name, value in values.items()})
-
-
-def verdict(
-    signals: Signals, *, policy: Policy = POLICY, consent: ConsentView = CONSENT, history: History = FINE
-) -> Verdict:
-    return decide(policy, consent, signals, history, NOW_MS)[0]
-
-
-def codes(result: Verdict) -> list[ReasonCode]:
-    assert not isinstance(result, Permit)
-    return [reason.code for reason in result]
 
 
 def test_a_parked_plugged_and_permitted_vehicle_gets_the_smaller_of_both_powers() -> None:
@@ -77,6 +70,22 @@ def test_a_permit_never_outlives_the_consent() -> None:
         ("cable_locked", False, ReasonCode.CABLE_UNLOCKED),
         ("grid_power_available", False, ReasonCode.NO_GRID_POWER),
         ("soc_displayed_pct", 29.9, ReasonCode.BELOW_FLOOR),
+        ("preconditioning", True, ReasonCode.PRECONDITIONING),
+        ("driver_mode", DriverMode.GUEST, ReasonCode.CONSENT_SUSPENDED),
+        ("driver_mode", DriverMode.VALET, ReasonCode.CONSENT_SUSPENDED),
+        ("driver_mode", DriverMode.SERVICE, ReasonCode.CONSENT_SUSPENDED),
+        ("driver_mode", DriverMode.UNKNOWN, ReasonCode.CONSENT_SUSPENDED),
+        ("update_in_progress", True, ReasonCode.UPDATE_IN_PROGRESS),
+        ("feeding_grid", True, ReasonCode.FEEDING_GRID),
+        ("pack_temp_c", 45.0, ReasonCode.TOO_HOT),
+        ("computer_temp_c", 90.0, ReasonCode.TOO_HOT),
+        ("dcdc_temp_c", 90.0, ReasonCode.TOO_HOT),
+        ("low_voltage_v", 11.9, ReasonCode.LOW_12V),
+        ("fault_count", 1, ReasonCode.FAULT),
+        ("power_optimize_level", 5, ReasonCode.POWER_SAVING),
+        ("network", NetworkClass.METERED, ReasonCode.METERED_NETWORK),
+        ("network", NetworkClass.ROAMING, ReasonCode.METERED_NETWORK),
+        ("network", NetworkClass.UNKNOWN, ReasonCode.METERED_NETWORK),
     ],
 )
 def test_each_single_fault_is_a_reason_of_its_own(name: str, value: Any, code: ReasonCode) -> None:
@@ -88,7 +97,7 @@ def test_charging_is_no_condition() -> None:
     assert isinstance(verdict(full), Permit)
 
 
-@pytest.mark.parametrize("name", MAX_AGE_MS)
+@pytest.mark.parametrize("name", NEEDED)
 def test_each_signal_that_is_missing_stale_or_from_the_future_is_named(name: str) -> None:
     missing = msgspec.structs.replace(GOOD, **{name: None})
     assert verdict(missing) == (Reason(code=ReasonCode.SIGNAL_MISSING, detail=name),)
@@ -116,7 +125,9 @@ def test_without_consent_there_is_no_permit(code: ReasonCode) -> None:
 def test_the_default_is_off() -> None:
     assert codes(verdict(GOOD, consent=ConsentView())) == [ReasonCode.CONSENT_MISSING]
     nothing = codes(verdict(Signals(), consent=ConsentView()))
-    assert nothing == [ReasonCode.CONSENT_MISSING] + [ReasonCode.SIGNAL_MISSING] * len(MAX_AGE_MS)
+    assert nothing == [ReasonCode.CONSENT_MISSING] + [ReasonCode.SIGNAL_MISSING] * len(NEEDED) + [
+        ReasonCode.METERED_NETWORK
+    ]
 
 
 def test_a_consent_that_allows_no_power_or_is_over_is_none() -> None:
@@ -139,21 +150,21 @@ def test_all_reasons_are_told_not_only_the_first() -> None:
 def test_after_a_time_without_a_look_all_must_be_fine_for_a_while_again() -> None:
     history = History()
     for at_ms in (NOW_MS, NOW_MS + 500, NOW_MS + 1_000):
-        result, history = decide(POLICY, CONSENT, AlwaysParked().read(at_ms), history, at_ms)
+        result, history = decide(POLICY, CONSENT, AlwaysParked().read(at_ms), FREE, history, at_ms)
     assert isinstance(result, Permit)
     just_in_time_ms = NOW_MS + 1_000 + POLICY.blind_ms
-    result, _ = decide(POLICY, CONSENT, AlwaysParked().read(just_in_time_ms), history, just_in_time_ms)
+    result, _ = decide(POLICY, CONSENT, AlwaysParked().read(just_in_time_ms), FREE, history, just_in_time_ms)
     assert isinstance(result, Permit)
     # the computer slept for an hour: who knows what happened to the vehicle meanwhile
     woken_ms = NOW_MS + 3_600_000
-    result, history = decide(POLICY, CONSENT, AlwaysParked().read(woken_ms), history, woken_ms)
+    result, history = decide(POLICY, CONSENT, AlwaysParked().read(woken_ms), FREE, history, woken_ms)
     assert codes(result) == [ReasonCode.DWELL]
     again_ms = woken_ms + POLICY.dwell_ms
-    result, _ = decide(POLICY, CONSENT, AlwaysParked().read(again_ms), history, again_ms)
+    result, _ = decide(POLICY, CONSENT, AlwaysParked().read(again_ms), FREE, history, again_ms)
     assert isinstance(result, Permit)
 
 
-_NUMBERS = [name for name in MAX_AGE_MS if name in POSSIBLE]
+_NUMBERS = [name for name in NEEDED if name in POSSIBLE]
 
 
 @pytest.mark.parametrize("name", _NUMBERS)
@@ -171,14 +182,19 @@ def test_a_number_that_cannot_be_counts_as_missing(name: str) -> None:
 
 
 def test_every_number_but_the_speed_has_bounds() -> None:
-    numbers = {name for name in MAX_AGE_MS if isinstance(getattr(GOOD, name).value, float)}
-    assert set(POSSIBLE) == numbers - {"speed_kmh"}  # any speed but 0 is a "no", whatever it is
-    assert all(low <= getattr(GOOD, name).value <= high for name, (low, high) in POSSIBLE.items())
+    numbers = {name for name in NEEDED if isinstance(getattr(GOOD, name).value, float)}
+    assert numbers - set(POSSIBLE) == {"speed_kmh"}  # any speed but 0 is a "no", whatever it is
+    for name, (low, high) in POSSIBLE.items():
+        reading = getattr(GOOD, name)
+        assert reading is None or low <= reading.value <= high, name
+
+
+NOTHING_LEFT = [ReasonCode.READY_BY_AT_RISK, ReasonCode.CIRCUIT_LIMIT]
 
 
 def test_a_charger_that_gives_nothing_does_not_promise_a_charge() -> None:
     short = with_(GOOD, soc_displayed_pct=50.0, charge_limit_pct=80.0, charger_power_w=0.0)
-    assert codes(verdict(short, policy=ready_by(MINUTE_NOW - 240))) == [ReasonCode.READY_BY_AT_RISK]
+    assert codes(verdict(short, policy=ready_by(MINUTE_NOW - 240))) == NOTHING_LEFT
 
 
 def test_the_higher_of_both_floors_counts() -> None:
@@ -186,17 +202,6 @@ def test_the_higher_of_both_floors_counts() -> None:
     assert isinstance(verdict(half), Permit)
     assert codes(verdict(half, consent=msgspec.structs.replace(CONSENT, floor_pct=60.0))) == [ReasonCode.BELOW_FLOOR]
     assert codes(verdict(half, policy=Policy(floor_pct=60.0, dwell_ms=0))) == [ReasonCode.BELOW_FLOOR]
-
-
-def ready_by(minute: int, target_pct: float = 80.0, offset_min: int = 0) -> Policy:
-    return Policy(
-        watts_w=1_000, dwell_ms=0, ready_by_minute=minute % 1440, target_pct=target_pct, utc_offset_min=offset_min
-    )
-
-
-def charging(soc_pct: float) -> Signals:
-    # 60 kWh, 7.15 kW less 1 kW for computing: a percent takes 5.9 minutes, 6.4 with the margin, and 15 minutes on top
-    return with_(GOOD, soc_displayed_pct=soc_pct, charge_limit_pct=90.0, charger_power_w=7_150.0)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +236,7 @@ def test_the_charge_limit_bounds_the_target_and_a_weak_charger_leaves_nothing_to
     assert isinstance(verdict(limited, policy=ready_by(MINUTE_NOW + 10)), Permit)
     weak = with_(charging(70.0), charger_power_w=150.0)
     policy = msgspec.structs.replace(ready_by(MINUTE_NOW + 1_000), watts_w=100)
-    assert codes(verdict(weak, policy=policy)) == [ReasonCode.READY_BY_AT_RISK]
+    assert codes(verdict(weak, policy=policy)) == NOTHING_LEFT
 
 
 def test_the_vehicles_own_estimate_counts_when_it_is_the_longer() -> None:
@@ -240,43 +245,15 @@ def test_the_vehicles_own_estimate_counts_when_it_is_the_longer() -> None:
     assert codes(verdict(slow, policy=ready_by(MINUTE_NOW + 180))) == [ReasonCode.READY_BY_AT_RISK]
 
 
-class Standing:
-    """A vehicle on a cable, looked at four times a second. ``given_w`` is what the cable really gives."""
-
-    def __init__(self, given_w: float = 0.0) -> None:
-        self.given_w = given_w
-        self.now_ms = NOW_MS
-        self.history = History()
-        self.permitted = 0
-        self.changes: dict[str, Any] = {}
-        self.result: Verdict = ()
-
-    def stand(self, for_ms: int) -> int:
-        """How long of that time work was permitted."""
-        before = self.permitted
-        for _ in range(for_ms // 250):
-            working = isinstance(self.result, Permit)
-            power_w = min(0.0, self.given_w - 100.0) if working else 0.0  # the battery is full
-            signals = AlwaysParked().read(self.now_ms)
-            changes = {"battery_power_w": power_w} | self.changes
-            readings = {name: Reading(value, self.now_ms) for name, value in changes.items()}
-            signals = msgspec.structs.replace(signals, **readings)
-            consent = msgspec.structs.replace(CONSENT, expires_ms=NOW_MS + 10 * 86_400_000)
-            self.result, self.history = decide(POLICY, consent, signals, self.history, self.now_ms)
-            self.permitted += 250 * isinstance(self.result, Permit)
-            self.now_ms += 250
-        return self.permitted - before
-
-
 def test_a_cable_without_power_shows_in_the_sign_of_the_battery() -> None:
     draining = with_(GOOD, battery_power_w=-300.0)
-    result, first = decide(POLICY, CONSENT, draining, FINE, NOW_MS)
+    result, first = decide(POLICY, CONSENT, draining, FREE, FINE, NOW_MS)
     assert first.draining_since_ms == NOW_MS
     assert isinstance(result, Permit)
     later_ms = NOW_MS + POLICY.battery_drain_grace_ms
     later = AlwaysParked().read(later_ms)
     later = msgspec.structs.replace(later, battery_power_w=Reading(-300.0, later_ms))
-    result, _ = decide(POLICY, CONSENT, later, first, later_ms)
+    result, _ = decide(POLICY, CONSENT, later, FREE, first, later_ms)
     assert codes(result) == [ReasonCode.NO_GRID_POWER]
 
 
@@ -321,7 +298,7 @@ def test_neither_an_old_reading_nor_a_missing_one_ends_the_wait_for_a_dead_cable
     charging_long_ago = Reading(2_000.0, vehicle.now_ms - MAX_AGE_MS["battery_power_w"] - 1)
     for readings in ({"battery_power_w": charging_long_ago}, {"cable_connected": None, "grid_power_available": None}):
         changed = msgspec.structs.replace(signals, **readings)
-        _, history = decide(POLICY, CONSENT, changed, waiting, vehicle.now_ms)
+        _, history = decide(POLICY, CONSENT, changed, FREE, waiting, vehicle.now_ms)
         assert history.unfed_until_ms == waiting.unfed_until_ms
 
 
@@ -337,21 +314,21 @@ def test_a_battery_that_fed_the_drive_home_says_nothing_of_the_cable() -> None:
 
 def test_a_drain_before_a_sleep_is_no_drain_through_it() -> None:
     draining = with_(GOOD, battery_power_w=-300.0)
-    _, history = decide(POLICY, CONSENT, draining, FINE, NOW_MS)
+    _, history = decide(POLICY, CONSENT, draining, FREE, FINE, NOW_MS)
     woken_ms = NOW_MS + 3_600_000
     signals = msgspec.structs.replace(AlwaysParked().read(woken_ms), battery_power_w=Reading(-300.0, woken_ms))
-    result, history = decide(POLICY, CONSENT, signals, history, woken_ms)
+    result, history = decide(POLICY, CONSENT, signals, FREE, history, woken_ms)
     assert codes(result) == [ReasonCode.DWELL]
     assert history.unfed_until_ms is None
 
 
 def test_after_a_fault_everything_must_be_fine_for_the_dwell() -> None:
-    _, history = decide(POLICY, CONSENT, with_(GOOD, doors_open=True), FINE, NOW_MS)
+    _, history = decide(POLICY, CONSENT, with_(GOOD, doors_open=True), FREE, FINE, NOW_MS)
     assert history.fine_since_ms is None
     for passed_ms, permitted in ((0, False), (500, False), (999, False), (1_000, True), (5_000, True)):
         at_ms = NOW_MS + passed_ms
         signals = AlwaysParked().read(at_ms)
-        result, history = decide(POLICY, CONSENT, signals, history, at_ms)
+        result, history = decide(POLICY, CONSENT, signals, FREE, history, at_ms)
         assert isinstance(result, Permit) == permitted
         if not permitted:
             assert codes(result) == [ReasonCode.DWELL]
@@ -389,7 +366,7 @@ def test_any_bad_missing_or_stale_signal_means_no(changes: dict[str, Any], fine_
         assert isinstance(result, Permit) == (fine_for_ms >= POLICY.dwell_ms)
 
 
-@given(name=st.sampled_from(sorted(MAX_AGE_MS)), age_ms=st.integers(-1_000, 2_000_000))
+@given(name=st.sampled_from(NEEDED), age_ms=st.integers(-1_000, 2_000_000))
 def test_a_signal_counts_until_its_greatest_age_and_not_longer(name: str, age_ms: int) -> None:
     signals = msgspec.structs.replace(GOOD, **{name: Reading(getattr(GOOD, name).value, NOW_MS - age_ms)})
     assert isinstance(verdict(signals), Permit) == (age_ms <= MAX_AGE_MS[name])

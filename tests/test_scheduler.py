@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from motorpool.core import events as ev
 from motorpool.core import scheduler as sch
+from motorpool.core.carbon import DEFAULT_G_KWH
 from motorpool.core.fleet import BACKOFF_MS
 from motorpool.core.jobs import DONE
 from motorpool.core.ledger import Transfer
@@ -92,21 +93,32 @@ def test_a_batch_on_one_vehicle_from_start_to_files() -> None:
     commands = scheduler.handle(report("v1", 1), 5)
     lease = "batch_1-0-1"
     assert commands == [
+        ev.SaveRegion(vehicle_id="v1", region="local"),
         ev.Note(subject="v1", what="ready"),
+        ev.SendOwnerNews(vehicle_id="v1"),
         ev.SaveLease(
             lease_id=lease, job_no=1, vehicle_id="v1", incarnation="i1", granted_ms=5, expires_ms=300_005,
             lines=[0, 1], base={},
         ),
         ev.SendGrant(
             lease_id=lease, job_no=1, vehicle_id="v1", incarnation="i1", model="m", kind=Kind.CHAT, ttl_ms=300_000,
-            lines=[0, 1], with_checkpoint=[],
+            lines=[0, 1], with_checkpoint=[], max_offline_ms=HOUR_MS - 5, pay_input_micro=700_000,
+            pay_output_micro=1_400_000,
         ),
     ]  # fmt: skip
     commands = scheduler.handle(results("v1", lease, [0]), 1005)
     assert commands[:4] == [
-        ev.SaveResults(job_no=1, vehicle_id="v1", picks=[0], costs_micro=[20], carried_tokens=[0]),
-        ev.SaveJobCounts(job_no=1, completed=1, prompt_tokens=10, completion_tokens=5, cost_micro=20),
-        ev.SaveVehicleCounts(vehicle_id="v1", lines_done=1, tokens_generated=5, energy_mwh=7),
+        ev.SaveResults(
+            job_no=1, vehicle_id="v1", picks=[0], costs_micro=[20], carried_tokens=[0], energy_uwh=[7_000],
+            co2_ug=[7 * DEFAULT_G_KWH],
+        ),
+        ev.SaveJobCounts(
+            job_no=1, completed=1, prompt_tokens=10, completion_tokens=5, cost_micro=20, energy_uwh=7_000,
+            co2_ug=7 * DEFAULT_G_KWH,
+        ),
+        ev.SaveVehicleCounts(
+            vehicle_id="v1", lines_done=1, tokens_generated=5, energy_uwh=7_000, co2_ug=7 * DEFAULT_G_KWH
+        ),
         ev.PostTransfers(
             transfers=[
                 Transfer(
@@ -228,7 +240,8 @@ def test_a_denied_vehicle_gets_no_work_and_its_reasons_are_told() -> None:
     scheduler.handle(started(1), 0)
     reasons = [Reason(code=ReasonCode.DOOR_OPEN), Reason(code=ReasonCode.UNLOCKED)]
     commands = scheduler.handle(report("v1", 1, state=VehicleState.DENIED, reasons=reasons), 0)
-    assert commands == [ev.Note(subject="v1", what="denied: door_open, unlocked")]
+    assert of(commands, ev.Note) == [ev.Note(subject="v1", what="denied: door_open, unlocked")]
+    assert not grants(commands)
 
 
 def test_cancelling_lets_running_lines_finish_and_writes_the_files_then() -> None:

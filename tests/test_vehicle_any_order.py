@@ -32,10 +32,12 @@ from motorpool.core.vehicle_events import (
     Event,
     FreezeEngine,
     KillEngine,
+    LimitEngine,
     LinkChanged,
     PublishLive,
     PublishState,
     PublishWork,
+    SpoolFilled,
     StartEngine,
     StopAsked,
     SubmitAttempts,
@@ -44,6 +46,7 @@ from motorpool.core.vehicle_events import (
     WorkPublished,
 )
 from motorpool.types import (
+    ModelTier,
     Reason,
     Usage,
     VehicleState,
@@ -56,12 +59,24 @@ from motorpool.wire import (
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever happens in whatever order: nothing runs without a permit, and every line ends exactly once."""
+    """Whatever happens in whatever order: nothing runs without a permit, and every line ends exactly once.
+
+    Nothing runs in an engine that is larger or hungrier than the permit allows, either.
+    """
+
+    small_model: str | None = "s"
 
     def __init__(self) -> None:
         super().__init__()
         config = msgspec.structs.replace(
-            CONFIG, max_queued=12, max_outbox_items=6, max_leases=6, max_live=2, flush_items=3
+            CONFIG,
+            max_queued=12,
+            max_outbox_items=6,
+            max_leases=6,
+            max_live=2,
+            flush_items=3,
+            small_model=self.small_model,
+            switch_back_ms=1_000,
         )
         self.machine = VehicleMachine(config, "inc")
         self.now_ms = 1_000
@@ -72,6 +87,11 @@ class AnyOrder(RuleBasedStateMachine):
         self.engine: dict[str, bool] = {}  # the attempts in the engine
         self.engine_on = self.engine_ready = self.frozen = False
         self.permitted_until_ms = 0
+        self.tier = ModelTier.FULL
+        self.watts_w = 0
+        self.limit_w: int | None = None
+        self.model = ""
+        self.drawn_mws = 0
         self.unconfirmed: list[str] = []
         self.live_open: set[str] = set()
 
@@ -90,6 +110,7 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.permitted_until_ms > self.now_ms, "work without a permit"
             assert self.engine_ready
             assert not self.frozen
+            self.held_to_the_permit()
             for one in command.attempts:
                 assert one.key not in self.engine
                 self.engine[one.key] = True
@@ -99,7 +120,12 @@ class AnyOrder(RuleBasedStateMachine):
         elif isinstance(command, StartEngine):
             assert not self.engine_on
             assert self.permitted_until_ms > self.now_ms
-            self.engine_on = True
+            self.engine_on, self.model, self.limit_w = True, command.model, None
+            assert self.model == ("s" if self.tier is ModelTier.SMALL else "m")
+        elif isinstance(command, LimitEngine):
+            assert self.engine_on
+            assert command.watts_w != self.limit_w
+            self.limit_w = command.watts_w
         elif isinstance(command, FreezeEngine):
             assert self.engine_ready
             assert not self.frozen
@@ -107,6 +133,7 @@ class AnyOrder(RuleBasedStateMachine):
         elif isinstance(command, ThawEngine):
             assert self.frozen
             assert not self.engine, "handed back work would go on"
+            self.held_to_the_permit()
             self.frozen = False
         elif isinstance(command, KillEngine):
             assert self.engine_on
@@ -116,14 +143,20 @@ class AnyOrder(RuleBasedStateMachine):
             for item in command.message.items:
                 self.ended[command.message.lease_id, item.line] += 1
 
+    def held_to_the_permit(self) -> None:
+        assert self.limit_w == self.watts_w
+        assert self.model == "s" or self.tier is not ModelTier.SMALL
+
     def engine_gone(self) -> None:
         self.engine.clear()
         self.engine_on = self.engine_ready = self.frozen = False
 
-    @rule(watts=st.sampled_from([50, 100]), for_ms=st.integers(1, 5_000))
-    def guard_permits(self, watts: int, for_ms: int) -> None:
-        self.permitted_until_ms = self.now_ms + for_ms
-        self.hand(permit(watts, self.permitted_until_ms))
+    @rule(watts=st.sampled_from([50, 100]), for_ms=st.integers(1, 5_000), tier=st.sampled_from(ModelTier))
+    def guard_permits(self, watts: int, for_ms: int, tier: ModelTier) -> None:
+        possible = tier is not ModelTier.SMALL or self.small_model is not None
+        self.permitted_until_ms = self.now_ms + for_ms if possible else 0
+        self.tier, self.watts_w = tier, watts
+        self.hand(permit(watts, self.now_ms + for_ms, tier, stay_bound_ms=for_ms))
 
     @rule(reasons=st.sampled_from([DOOR, GONE]))
     def guard_denies(self, reasons: tuple[Reason, ...]) -> None:
@@ -135,7 +168,7 @@ class AnyOrder(RuleBasedStateMachine):
     def engine_loads(self, slots: int) -> None:
         self.engine_ready = True
         before = self.machine.state
-        self.hand(EngineReady(model="m", slots=slots, fingerprint="f"))
+        self.hand(EngineReady(model=self.model, slots=slots, fingerprint="f"))
         assert before is VehicleState.STARTING
 
     @precondition(lambda self: self.engine_on)
@@ -144,13 +177,18 @@ class AnyOrder(RuleBasedStateMachine):
         self.engine_gone()
         self.hand(EngineDied(exit_code=1))
 
-    @rule(count=st.integers(1, 8), ttl_ms=st.sampled_from([50, 5_000, 60_000]), wrong=st.sampled_from(["", "m", "i"]))
-    def cell_grants(self, count: int, ttl_ms: int, wrong: str) -> None:
+    @rule(
+        count=st.integers(1, 8),
+        ttl_ms=st.sampled_from([50, 5_000, 60_000]),
+        max_offline_ms=st.sampled_from([0, 400, 10**8]),
+        wrong=st.sampled_from(["", "", "m", "i"]),
+    )
+    def cell_grants(self, count: int, ttl_ms: int, max_offline_ms: int, wrong: str) -> None:
         self.leases += 1
         name = f"l{self.leases}"
         self.granted |= {(name, line) for line in range(count)}
-        changes = {"m": {"model": "other"}, "i": {"incarnation": "old"}}.get(wrong, {})
-        self.hand(grant(*range(count), lease=name, ttl_ms=ttl_ms, **changes))
+        changes = {"m": {"model": "other"}, "i": {"incarnation": "old"}}.get(wrong, {"model": self.model or "m"})
+        self.hand(grant(*range(count), lease=name, ttl_ms=ttl_ms, max_offline_ms=max_offline_ms, **changes))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -166,7 +204,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(stream=st.booleans())
     def customer_asks(self, stream: bool) -> None:
         self.requests += 1
-        self.hand(opened(f"r{self.requests}", stream=stream))
+        self.hand(opened(f"r{self.requests}", stream=stream, model=self.model or "m"))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -182,7 +220,11 @@ class AnyOrder(RuleBasedStateMachine):
             return
         for key in keys:
             del self.engine[key]
-        self.hand(EngineWorked(finished=finished(*keys), busy_ms=busy_ms))
+        self.drawn_mws += busy_ms
+        drawn = self.drawn_mws if busy_ms % 2 else None
+        self.hand(
+            EngineWorked(finished=finished(*keys), busy_ms=busy_ms, drawn_mws=drawn, is_measured=busy_ms % 3 == 0)
+        )
 
     @precondition(lambda self: self.engine)
     @rule(data=st.data())
@@ -209,6 +251,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(up=st.booleans())
     def link_changes(self, up: bool) -> None:
         self.hand(LinkChanged(up=up))
+
+    @rule(full=st.booleans())
+    def spool_fills_or_drains(self, full: bool) -> None:
+        self.hand(SpoolFilled(full=full))
 
     @rule(passed_ms=st.sampled_from([0, 1, 50, 500, 3_000, 70_000]))
     def time_passes(self, passed_ms: int) -> None:
@@ -237,5 +283,13 @@ class AnyOrder(RuleBasedStateMachine):
         assert sum(self.ended.values()) == len(self.granted)
 
 
+class WithoutSmallModel(AnyOrder):
+    """The same with a vehicle that has no smaller model to go on with."""
+
+    small_model = None
+
+
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestWithoutSmallModel = WithoutSmallModel.TestCase
+TestWithoutSmallModel.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)

@@ -11,6 +11,7 @@ from tests.vehicle_trial import (
     DOOR,
     GONE,
     READY,
+    START,
     Driver,
     attempt,
     denial,
@@ -38,7 +39,6 @@ from motorpool.core.vehicle_events import (
     PublishLive,
     PublishState,
     PublishWork,
-    StartEngine,
     StopAsked,
     SubmitAttempts,
     ThawEngine,
@@ -86,7 +86,7 @@ def test_each_command_of_a_short_life_in_its_order() -> None:
     driver = Driver()
     t = driver.now_ms
     told = State(incarnation="inc", seq=1, state=VehicleState.STARTING, permit_w=100, soc_pct=80.0, plugged=True)
-    assert driver.raw(permit()) == [StartEngine(), PublishState(message=told), WakeAt(at_ms=t + 5_000)]
+    assert driver.raw(permit()) == [*START, PublishState(message=told), WakeAt(at_ms=t + 5_000)]
     told = msgspec.structs.replace(told, seq=2, state=VehicleState.READY, model="m", slots=2, engine="null")
     assert driver.raw(READY) == [PublishState(message=told)]
     assert driver.raw(grant(1)) == [
@@ -106,7 +106,7 @@ def test_each_command_of_a_short_life_in_its_order() -> None:
 def test_a_permit_starts_the_engine_and_work_flows_through() -> None:
     driver = Driver()
     assert driver.do(Ticked()) == []
-    assert driver.do(permit()) == [StartEngine()]
+    assert driver.do(permit()) == START
     assert driver.do(permit()) == []
     assert driver.do(READY) == []
     submitted = SubmitAttempts(attempts=[attempt(1), attempt(2)], created_s=1_000)
@@ -155,7 +155,7 @@ def test_the_owner_comes_and_everything_goes_back_after_the_freeze() -> None:
     assert driver.do(Ticked(), after_ms=1) == [KillEngine()]
     assert driver.machine.state is VehicleState.DENIED
     assert driver.do(EngineWorked(finished=finished("1-2"))) == []
-    assert driver.do(permit()) == [StartEngine()]
+    assert driver.do(permit()) == START
 
 
 def test_an_engine_that_cannot_be_frozen_is_killed_once_its_work_has_gone_back() -> None:
@@ -340,13 +340,13 @@ def test_a_dead_engine_gives_back_and_starts_again_more_and_more_slowly() -> Non
     assert driver.machine.state is VehicleState.STARTING
     for wait_ms in (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000):
         assert driver.do(Ticked(), after_ms=wait_ms - 1) == []
-        assert driver.do(Ticked(), after_ms=1) == [StartEngine()]
+        assert driver.do(Ticked(), after_ms=1) == START
         assert driver.do(EngineDied(exit_code=1)) == []
     driver.do(Ticked(), after_ms=60_000)
     driver.do(READY)
     driver.do(Ticked(), after_ms=60_000)
     driver.do(EngineDied(exit_code=1))
-    assert driver.do(Ticked(), after_ms=1_000) == [StartEngine()]
+    assert driver.do(Ticked(), after_ms=1_000) == START
 
 
 def test_a_stop_gives_everything_back_and_nothing_starts_again() -> None:
@@ -583,7 +583,7 @@ def test_an_engine_without_a_sign_of_life_is_killed_and_its_work_goes_back() -> 
     )
     assert driver.do(Ticked(), after_ms=1) == [KillEngine(), back]
     assert driver.machine.state is VehicleState.STARTING
-    assert driver.do(Ticked(), after_ms=CONFIG.restart_min_ms) == [StartEngine()]
+    assert driver.do(Ticked(), after_ms=CONFIG.restart_min_ms) == START
 
 
 def test_an_engine_that_moves_or_has_nothing_to_do_is_left_alone() -> None:

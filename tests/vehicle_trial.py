@@ -14,14 +14,17 @@ from motorpool.core.vehicle_events import (
     Command,
     EngineReady,
     Event,
+    LimitEngine,
     PublishState,
     PublishWork,
+    StartEngine,
     VehicleConfig,
     VerdictGiven,
     WakeAt,
 )
 from motorpool.types import (
     Kind,
+    ModelTier,
     Permit,
     Reason,
     ReasonCode,
@@ -47,14 +50,18 @@ DOOR = (Reason(code=ReasonCode.DOOR_OPEN),)
 GONE = (Reason(code=ReasonCode.DOOR_OPEN), Reason(code=ReasonCode.NOT_PLUGGED_IN))
 
 
-def permit(watts_w: int = 100, until_ms: int = FOR_EVER_MS) -> VerdictGiven:
-    return VerdictGiven(permit=Permit(watts_w=watts_w, until_ms=until_ms), soc_pct=80.0, plugged=True)
+def permit(
+    watts_w: int = 100, until_ms: int = FOR_EVER_MS, tier: ModelTier = ModelTier.FULL, **also: Any
+) -> VerdictGiven:
+    allowed = Permit(watts_w=watts_w, until_ms=until_ms, tier=tier)
+    return VerdictGiven(permit=allowed, soc_pct=80.0, plugged=True, **also)
 
 
 def denial(reasons: tuple[Reason, ...] = DOOR) -> VerdictGiven:
     return VerdictGiven(permit=None, reasons=reasons, soc_pct=80.0, plugged=True)
 
 
+START: list[Command] = [StartEngine(model="m"), LimitEngine(watts_w=100)]
 READY = EngineReady(model="m", slots=2, fingerprint="null")
 
 

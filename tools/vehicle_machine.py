@@ -10,6 +10,7 @@ from pathlib import Path
 from motorpool.core.vehicle_events import VehicleConfig
 from motorpool.core.vehicle_states import LEAVING, TRANSITIONS, Trigger
 from motorpool.types import VehicleState
+from motorpool.wire import MAX_OFFLINE_MS
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "vehicle-machine.md"
 HEAD = """# The states of a vehicle
@@ -33,6 +34,7 @@ TRIGGERS: dict[Trigger, str] = {
     Trigger.GRACE_OVER: "a frozen engine has waited long enough",
     Trigger.BUSY: "the engine has got attempts",
     Trigger.IDLE: "the engine has none left",
+    Trigger.SWITCH: "the permit allows another model: the small one alone when it is hot, the full one again when not",
 }
 
 
@@ -60,9 +62,13 @@ def render() -> str:
         "What is bounded in time, unless the agent is told otherwise:",
         "",
         f"- A frozen engine is killed after {config.freeze_grace_ms / 1000:g} s. `leaving` kills it at once.",
+        f"- When it is cool again, a small model that still has work makes room for the full one after "
+        f"{config.switch_back_ms / 60_000:g} min, an idle one at once.",
         f"- An engine that holds attempts and gives no sign of life for {config.stall_ms / 1000:g} s counts as died.",
         f"- A dead engine starts again after {config.restart_min_ms / 1000:g} s, then after twice as long each time, "
         f"up to {config.restart_max_ms / 1000:g} s.",
+        f"- Without a link the work goes on; what a lease has not finished after {MAX_OFFLINE_MS / 3_600_000:g} h "
+        "(or the time that it names) is given up. What is finished is kept until it is delivered.",
         "",
     ]
     return "\n".join(lines)

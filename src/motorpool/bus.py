@@ -21,6 +21,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Self
 
+from motorpool import natslib  # before nats-py, which it keeps small
+
+# isort: split
 import nats
 import nats.errors
 import nats.js.errors
@@ -176,6 +179,7 @@ async def open_client(
 
     Raises BusError if the first connection fails, SetupError if the server takes only small messages.
     """
+    natslib.prepare(urls)
     key = KeyPair.from_seed(seed)
     opened = False
 

@@ -86,6 +86,14 @@ class CapacityError(MotorpoolError):
         self.retry_after_ms = retry_after_ms
 
 
+class RateLimitError(CapacityError):
+    """Too many requests from one place; ``retry_after_ms`` says when to go on."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
 class StorageFullError(MotorpoolError):
     """The disk, or the space set aside for Motorpool, is full."""
 

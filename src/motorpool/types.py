@@ -1,7 +1,7 @@
 """The vocabulary that every room shares: plain frozen values, no behaviour beyond their own consistency.
 
-Units are the last part of a name: ``_ms`` milliseconds, ``_mwh`` milliwatt-hours, ``_micro`` millionths of the currency
-unit, ``_pct`` percent, ``_w`` watts.
+Units are the last part of a name: ``_ms`` milliseconds, ``_mwh`` milliwatt-hours, ``_uwh`` micro-watt-hours, ``_micro``
+millionths of the currency unit, ``_pct`` percent, ``_w`` watts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]  # of one answer; sums of them fit the books' 64 bits
+EnergyUwh = Annotated[int, msgspec.Meta(ge=0, le=10**10)]  # micro-watt-hours of one answer: 10 kWh at most
 
 
 class Kind(StrEnum):
@@ -43,8 +44,17 @@ class ReturnReason(StrEnum):
     ENGINE_DIED = "engine_died"  # the engine process ended while it held these attempts
     REVOKED = "revoked"  # the cell asked for them back
     EXPIRED = "expired"  # the lease ran out before they were finished
+    OFFLINE = "offline"  # the vehicle had no link for longer than the lease allows
     SHUTDOWN = "shutdown"  # the agent was asked to stop
     REFUSED = "refused"  # the vehicle cannot run them: model not loaded, no permit, queue full
+
+
+class ModelTier(StrEnum):
+    """How much the vehicle may run: the rungs of the thermal ladder above "off"."""
+
+    FULL = "full"  # the vehicle's model at the permit's power
+    REDUCED = "reduced"  # the same model at less power
+    SMALL = "small"  # its small model alone, at less power still; nothing if it has none
 
 
 class ReasonCode(StrEnum):
@@ -54,6 +64,9 @@ class ReasonCode(StrEnum):
     CONSENT_INVALID = "consent_invalid"
     CONSENT_EXPIRED = "consent_expired"
     CONSENT_WITHDRAWN = "consent_withdrawn"
+    CONSENT_SUSPENDED = "consent_suspended"  # somebody else had the car; the owner has to confirm
+    PAUSED = "paused"  # the owner said: not now
+    QUIET_HOURS = "quiet_hours"
     SIGNAL_MISSING = "signal_missing"
     SIGNAL_STALE = "signal_stale"
     MOVING = "moving"
@@ -62,11 +75,24 @@ class ReasonCode(StrEnum):
     DOOR_OPEN = "door_open"
     UNLOCKED = "unlocked"
     OCCUPIED = "occupied"
+    PRECONDITIONING = "preconditioning"
+    UPDATE_IN_PROGRESS = "update_in_progress"
     NOT_PLUGGED_IN = "not_plugged_in"
     CABLE_UNLOCKED = "cable_unlocked"
     NO_GRID_POWER = "no_grid_power"
+    FEEDING_GRID = "feeding_grid"
     BELOW_FLOOR = "below_floor"
     READY_BY_AT_RISK = "ready_by_at_risk"
+    CHARGING_FIRST = "charging_first"
+    CIRCUIT_LIMIT = "circuit_limit"
+    TOO_HOT = "too_hot"
+    LOW_12V = "low_12v"
+    FAULT = "fault"  # error codes of the car, and a time of cooling down after them
+    POWER_SAVING = "power_saving"  # the car itself asks for it
+    BUDGET_USED_UP = "budget_used_up"
+    BUDGET_UNKNOWN = "budget_unknown"  # what was used before cannot be read
+    METERED_NETWORK = "metered_network"
+    NOT_WORTH_IT = "not_worth_it"  # electricity and wear would cost the owner more than the work earns
     DWELL = "dwell"  # everything is fine again, but not yet for long enough
 
 
@@ -78,22 +104,30 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Permit(msgspec.Struct, frozen=True, kw_only=True):
-    """The guard's "yes": how much power the engine may draw and until when it holds without a new decision."""
+    """The guard's "yes": how much power, which tier of model, and until when it holds without a new decision.
+
+    ``battery_fed``: the owner has allowed computing from the battery, and this is that case.
+    """
 
     watts_w: int
     until_ms: int
+    tier: ModelTier = ModelTier.FULL
+    battery_fed: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of one finished request, as the customer is billed.
 
     ``completion_tokens`` counts the whole answer; ``carried_tokens`` of them were generated on earlier vehicles.
+    ``energy_uwh`` is what the last vehicle drew for it, measured or modelled.
     """
 
     prompt_tokens: TokenCount = 0
     completion_tokens: TokenCount = 0
     cached_tokens: TokenCount = 0
     carried_tokens: TokenCount = 0
+    energy_uwh: EnergyUwh = 0
+    energy_is_measured: bool = False
 
 
 # Named bounds. A message or body beyond them is refused with an error that names the bound.

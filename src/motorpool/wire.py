@@ -7,7 +7,8 @@ an older one as long as ``VERSION`` is equal.
 
 Subjects (``v1`` is the version; a vehicle's credentials open its own ones and no others)::
 
-    mp.v1.down.<vehicle>             cell to vehicle: Grant, Revoke, Open, Close, Sync
+    mp.v1.down.<vehicle>             cell to vehicle: Grant, Revoke, Open, Close, Sync, Statement,
+                                     OwnerDocument, OwnerAsked
     mp.v1.up.<vehicle>.state         vehicle to cell: State, Progress
     mp.v1.up.<vehicle>.work          durable stream: Results, Returned
     mp.v1.up.<vehicle>.live          vehicle to cell: Tokens, Answered, Broken (live requests)
@@ -18,6 +19,7 @@ Called by: agent, server. Must not: decide anything.
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from typing import Annotated, Final, TypeVar
 
 import msgspec
@@ -28,7 +30,9 @@ from motorpool.types import (
     MAX_CHECKPOINT_BYTES,
     MAX_ITEMS_PER_MESSAGE,
     MAX_MESSAGE_BYTES,
+    EnergyUwh,
     Kind,
+    ModelTier,
     Reason,
     ReturnReason,
     TokenCount,
@@ -40,6 +44,8 @@ VERSION: Final = 1
 STREAM_NAME: Final = "MOTORPOOL_WORK"
 WORK_SUBJECTS: Final = f"mp.v{VERSION}.up.*.work"
 MEDIA_JSON: Final = "application/json"
+MAX_OFFLINE_MS: Final = 6 * 3_600_000  # how long a vehicle may go on with a lease while it has no link
+MAX_DOCUMENT_BYTES: Final = 16 * 1024  # one document that an owner has signed
 
 # What a peer may say: decoding refuses the rest, so that no message can hold what the books cannot, and none makes the
 # other end say what no message can hold.
@@ -49,6 +55,8 @@ Line = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Total = Annotated[int, Meta(ge=0, le=1 << 50)]
 Status = Annotated[int, Meta(ge=100, le=599)]
 Slots = Annotated[int, Meta(ge=0, le=1 << 12)]
+Risk = Annotated[float, Meta(ge=0.0, le=1.0)]
+Document = Annotated[bytes, Meta(max_length=MAX_DOCUMENT_BYTES)]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -93,7 +101,12 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
-    """The right to run ``items`` for ``ttl_ms`` from arrival. Repeating it with one ``lease_id`` changes nothing."""
+    """The right to run ``items`` for ``ttl_ms`` from arrival. Repeating it with one ``lease_id`` changes nothing.
+
+    Without a link the vehicle goes on for ``max_offline_ms`` since it lost it, and then gives up what is unfinished;
+    what it has finished it keeps and delivers. ``pay_*`` is what the owner gets for a million tokens: the price times
+    the owners' part. ``customer_class`` is what the owner is told of whom the work is for, never its content.
+    """
 
     lease_id: Name
     incarnation: Name
@@ -103,6 +116,10 @@ class Grant(Message, frozen=True, kw_only=True, tag="grant"):
     ttl_ms: Total
     items: Annotated[list[Item], Meta(max_length=MAX_ITEMS_PER_MESSAGE)]
     media_type: Name = MEDIA_JSON
+    max_offline_ms: Total = MAX_OFFLINE_MS
+    pay_input_micro: Total = 0
+    pay_output_micro: Total = 0
+    customer_class: Name = ""
 
 
 class Revoke(Message, frozen=True, kw_only=True, tag="revoke"):
@@ -114,7 +131,10 @@ class Revoke(Message, frozen=True, kw_only=True, tag="revoke"):
 
 
 class Open(Message, frozen=True, kw_only=True, tag="open"):
-    """Run one live request now. ``attempt`` counts the vehicles that tried; later ones get a checkpoint."""
+    """Run one live request now. ``attempt`` counts the vehicles that tried; later ones get a checkpoint.
+
+    ``pay_*`` and ``customer_class`` as in a Grant.
+    """
 
     request_id: Name
     attempt: Total
@@ -124,6 +144,9 @@ class Open(Message, frozen=True, kw_only=True, tag="open"):
     body: bytes
     checkpoint: Packed | None = None
     media_type: Name = MEDIA_JSON
+    pay_input_micro: Total = 0
+    pay_output_micro: Total = 0
+    customer_class: Name = ""
 
 
 class Close(Message, frozen=True, kw_only=True, tag="close"):
@@ -136,6 +159,50 @@ class Sync(Message, frozen=True, kw_only=True, tag="sync"):
     """The cell has (re)started: report state now."""
 
 
+class Statement(Message, frozen=True, kw_only=True, tag="statement"):
+    """What the owner of this vehicle has earned in all, by the cell's books at ``as_of_ms`` of the cell's clock.
+
+    Totals, so that a lost or repeated one changes nothing; of two the one with the later ``as_of_ms`` holds.
+    ``lines_done`` are answers that counted, ``energy_uwh`` is the energy that was booked for them.
+    """
+
+    as_of_ms: Total
+    earned_micro: Total
+    lines_done: Total = 0
+    tokens_generated: Total = 0
+    energy_uwh: Total = 0
+    currency: Name = ""
+
+
+class OwnerDocument(Message, frozen=True, kw_only=True, tag="owner_document"):
+    """A document that the owner has signed and that came by the cell: bytes that the vehicle checks by itself.
+
+    The cell cannot make one. Repeating it changes nothing: every document carries its own date.
+    """
+
+    document: Document
+
+
+class OwnerAct(StrEnum):
+    """What a vehicle does at the cell's word that its owner asked for it: only less than without it."""
+
+    PAUSE = "pause"
+    NEED_CAR = "need_car"
+
+
+class OwnerAsked(Message, frozen=True, kw_only=True, tag="owner_asked"):
+    """The owner, known to the cell by its key, asks for no work until ``until_ms``. It never allows anything.
+
+    Resuming needs a document that the owner has signed. A message whose ``until_ms`` has passed changes nothing, nor
+    does a repeated one; of two pauses the longer holds. ``asked_ms``: when the owner asked, to be set against a later
+    document.
+    """
+
+    act: OwnerAct
+    asked_ms: Total
+    until_ms: Total
+
+
 # -- vehicle to cell ---------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +210,8 @@ class State(Message, frozen=True, kw_only=True, tag="state"):
     """What a vehicle is doing. Sent on change and at least every few seconds; ``seq`` grows within an incarnation.
 
     ``held`` lists the leases that the vehicle still holds. Counters are totals since the incarnation began.
+    ``stay_bound_ms`` is a lower bound (90 %) of how much longer the car stays, ``risk_15min`` the chance that it leaves
+    within 15 minutes; both None while nothing is known. When and where it usually leaves stays in the car.
     """
 
     incarnation: Name
@@ -163,6 +232,10 @@ class State(Message, frozen=True, kw_only=True, tag="state"):
     engine: Name = ""  # name, build and model hash in one short string: equal strings give equal greedy output
     soc_pct: float | None = None
     plugged: bool | None = None
+    tier: ModelTier = ModelTier.FULL
+    battery_fed: bool = False
+    stay_bound_ms: Total | None = None
+    risk_15min: Risk | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -290,15 +363,20 @@ class Answered(Message, frozen=True, kw_only=True, tag="answered"):
 
 
 class Broken(Message, frozen=True, kw_only=True, tag="broken"):
-    """This vehicle cannot go on with a live request; another one should, from what was already emitted."""
+    """This vehicle cannot go on with a live request; another one should, from what was already emitted.
+
+    ``energy_uwh`` is what it drew for the request all the same.
+    """
 
     request_id: Name
     attempt: Total
     reason: ReturnReason
     checkpoint: Packed | None = None
+    energy_uwh: EnergyUwh = 0
+    energy_is_measured: bool = False
 
 
-Down = Grant | Revoke | Open | Close | Sync
+Down = Grant | Revoke | Open | Close | Sync | Statement | OwnerDocument | OwnerAsked
 UpState = State | Progress
 UpWork = Results | Returned
 UpLive = Tokens | Answered | Broken

@@ -13,10 +13,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 from motorpool import wire
+from motorpool.agent.delivery import RETRY_MAX_S, RETRY_MIN_S, Delivery
+from motorpool.agent.judge import Judge
+from motorpool.agent.runtime.build import SwitchableEngine
 from motorpool.agent.runtime.engine import (
     EXIT_SILENCE,
     Cancelled,
@@ -30,8 +33,8 @@ from motorpool.agent.runtime.engine import (
     Work,
 )
 from motorpool.agent.signals.source import SignalSource
+from motorpool.agent.spool import MemorySpool, Spool
 from motorpool.bus import BusError
-from motorpool.core.guard import ConsentView, History, Policy, decide
 from motorpool.core.vehicle import VehicleMachine
 from motorpool.core.vehicle_events import (
     Arrived,
@@ -43,21 +46,22 @@ from motorpool.core.vehicle_events import (
     Event,
     FreezeEngine,
     KillEngine,
+    LimitEngine,
     LinkChanged,
     PublishLive,
     PublishState,
     PublishWork,
+    SpoolFilled,
     StartEngine,
     StopAsked,
     SubmitAttempts,
     ThawEngine,
     Ticked,
-    VerdictGiven,
     WakeAt,
     WorkPublished,
 )
 from motorpool.errors import MotorpoolError, TooLargeError
-from motorpool.types import Permit, VehicleState
+from motorpool.types import ReturnReason, VehicleState
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +71,7 @@ MAX_ATTEMPTS_A_TURN: Final = 1_024
 MAX_TURN_MS: Final = 20  # then whoever waits outside, first of all a changed signal, is heard
 MAX_WAITING_MESSAGES: Final = 10_000  # of the cell; more are dropped, and the cell sends them again
 MAX_WAITING_BYTES: Final = 256 * 1024 * 1024  # of these messages
-PUBLISHERS: Final = 8  # messages on their way to the durable stream at one time
-RETRY_MIN_S: Final = 0.25
-RETRY_MAX_S: Final = 2.0
+MAX_SPOOL_BYTES: Final = 256 * 1024 * 1024  # of what waits for a link, in memory, if nobody says where else
 DRAIN_S: Final = 4.0  # less than a supervisor's patience between SIGTERM and SIGKILL
 
 
@@ -94,6 +96,7 @@ class Link(Protocol):
 
 
 Connect = Callable[[Callable[[bytes], None], Callable[[bool], None]], Awaitable[Link]]
+OnOwner = Callable[[wire.Statement | wire.OwnerDocument | wire.OwnerAsked], None]
 
 
 class Clock:
@@ -131,20 +134,20 @@ class AgentLoop:
         machine: VehicleMachine,
         engine: Engine,
         source: SignalSource,
-        consent: Callable[[int], ConsentView],
-        policy: Policy,
+        judge: Judge,
         clock: Callable[[], int],
         guard_interval_ms: int = GUARD_INTERVAL_MS,
+        spool: Spool | None = None,
+        limit: Callable[[int], None] = lambda _: None,
+        on_owner: OnOwner = lambda _: None,
     ) -> None:
         self._name = name
         self._machine = machine
         self._engine = engine
         self._source = source
-        self._consent = consent
-        self._policy = policy
+        self._judging = judge
         self._clock = clock
         self._guard_interval_ms = guard_interval_ms
-        self._history = History()
         self._inbox: deque[bytes | Event | tuple[int, list[EngineEvent]]] = deque()
         self._messages_waiting = 0
         self._bytes_waiting = 0
@@ -154,18 +157,30 @@ class AgentLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_ms = 0
         self._generation = 0  # of the engine: events of one that was killed are dropped
+        self._frozen = False
         self._engine_task: asyncio.Task[None] | None = None
         self._link: Link | None = None
-        self._work: deque[tuple[str, bytes]] = deque()
-        self._publishers: set[asyncio.Task[None]] = set()
+        self._limit = limit
+        self._on_owner = on_owner
+        self._delivery = Delivery(
+            name=name,
+            spool=MemorySpool(MAX_SPOOL_BYTES) if spool is None else spool,
+            ready=self._may_deliver,
+            send=self._send_work,
+            on_published=self._on_published,
+            on_full=lambda full: self._put(SpoolFilled(full=full)),
+            watch=self._watch,
+        )
+        self._catching_up: asyncio.Task[None] | None = None
         self._published: list[str] = []
         self._stop_asked = False
         self._finished: asyncio.Future[None] | None = None
         self._told: tuple[object, ...] = ()
         self._perform_one: dict[type, Callable[..., None]] = {
             StartEngine: self._start_engine,
-            FreezeEngine: lambda _: self._engine.freeze(),
-            ThawEngine: lambda _: self._engine.thaw(),
+            LimitEngine: lambda command: self._limit(command.watts_w),
+            FreezeEngine: lambda _: self._freeze(),
+            ThawEngine: self._thaw,
             KillEngine: self._kill_engine,
             SubmitAttempts: self._submit,
             CancelAttempts: lambda command: self._engine.cancel(command.keys),
@@ -181,6 +196,7 @@ class AgentLoop:
         """Work until ``stop``; raises what went wrong in a turn, after killing the engine."""
         self._finished = asyncio.get_running_loop().create_future()
         self._source.on_change(self.look_now)
+        self._delivery.start()
         self._put(LinkChanged(up=False))
         self.look_now()
         linking = asyncio.create_task(self._connect(connect))
@@ -209,12 +225,14 @@ class AgentLoop:
         for handle in (self._turn_handle, self._timer):
             if handle is not None:
                 handle.cancel()
-        for task in self._publishers:
-            task.cancel()
-        waiting = [linking, *self._publishers]
+        waiting = [linking]
+        if self._catching_up is not None:
+            self._catching_up.cancel()
+            waiting.append(self._catching_up)
         if self._engine_task is not None:
             waiting.append(self._engine_task)
         await asyncio.gather(*waiting, return_exceptions=True)
+        await self._delivery.close()
         await self._engine.close()
         if self._link is not None:
             await self._link.close()
@@ -266,7 +284,19 @@ class AgentLoop:
 
     def _on_link(self, up: bool) -> None:
         log.info("%s: link %s", self._name, "up" if up else "down")
-        self._put(LinkChanged(up=up))
+        self._delivery.link_changed(up=up)
+        if not (up and self._delivery.is_behind):
+            self._put(LinkChanged(up=up))
+        elif self._catching_up is None:
+            self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
+            self._catching_up.add_done_callback(self._watch)
+
+    async def _catch_up(self) -> None:
+        """Report only when the cell has what an earlier process finished: else it would have it computed again."""
+        await self._delivery.catch_up()
+        self._catching_up = None
+        if self._link is not None and self._link.connected:
+            self._put(LinkChanged(up=True))
 
     # -- one turn ------------------------------------------------------------------------------------------------------
 
@@ -314,30 +344,53 @@ class AgentLoop:
 
     def _judge(self, now_ms: int) -> None:
         self._judge_at_ms = now_ms + self._guard_interval_ms
-        consent = self._consent(now_ms)
-        signals = self._source.read(now_ms)
-        verdict, self._history = decide(self._policy, consent, signals, self._history, now_ms)
-        permit = verdict if isinstance(verdict, Permit) else None
-        soc, plugged = signals.soc_displayed_pct, signals.cable_connected
-        event = VerdictGiven(
-            permit=permit,
-            reasons=() if isinstance(verdict, Permit) else verdict,
-            soc_pct=None if soc is None else round(soc.value, 1),
-            plugged=None if plugged is None else plugged.value,
-        )
-        if permit is not None and isinstance(self._engine, Watched):
+        verdict = self._judging.look(now_ms, self._machine.state, self._engine.cpu_ms)
+        if verdict.permit is not None and isinstance(self._engine, Watched):
             self._engine.beat()
-        self._handle(event, now_ms)
+        self._handle(verdict, now_ms)
         if self._machine.state is VehicleState.WORKING:
-            self._handle(EngineWorked(busy_ms=self._engine.busy_ms()), now_ms)
+            self._handle(self._worked(), now_ms)
+        self._judging.afterwards(now_ms, self._machine.state)
+
+    def _worked(
+        self,
+        progressed: Sequence[Progressed] = (),
+        finished: Sequence[Finished] = (),
+        cancelled: Sequence[str] = (),
+    ) -> EngineWorked:
+        """What the engine has done since the last time."""
+        return EngineWorked(
+            progressed=progressed,
+            finished=finished,
+            cancelled=cancelled,
+            busy_ms=self._engine.busy_ms(),
+            drawn_mws=self._judging.drawn_mws,
+            is_measured=self._judging.is_measured,
+        )
 
     def _take_message(self, data: bytes, now_ms: int) -> None:
+        self._judging.passed(len(data), now_ms)
         try:
             message = wire.decode(wire.DOWN, data)
         except MotorpoolError as error:
             log.warning("%s: a message was not understood: %s", self._name, error.code)
             return
+        if isinstance(message, wire.Grant | wire.Open):
+            if not self._judging.may_send:
+                self._turn_down(message)
+                return
+            self._judging.granted(message)
+        elif isinstance(message, wire.Statement | wire.OwnerDocument | wire.OwnerAsked):
+            self._on_owner(message)
+            return
         self._handle(Arrived(message=message), now_ms)
+
+    def _turn_down(self, message: wire.Grant | wire.Open) -> None:
+        """No byte of a job may be sent now, so none is taken. The cell sends a grant again, and an Open elsewhere."""
+        log.info("%s: a %s was not taken: nothing may be sent now", self._name, type(message).__name__)
+        if isinstance(message, wire.Open):
+            broken = wire.Broken(request_id=message.request_id, attempt=message.attempt, reason=ReturnReason.OFFLINE)
+            self._publish_live(PublishLive(message=broken))
 
     def _take_engine_events(self, generation: int, events: list[EngineEvent], now_ms: int) -> None:
         if generation != self._generation:
@@ -355,18 +408,12 @@ class AgentLoop:
                 cancelled.append(event.key)
             elif isinstance(event, Ready):
                 log.info("%s: engine ready: %s", self._name, event.fingerprint)
-                self._handle(EngineWorked(busy_ms=self._engine.busy_ms()), now_ms)  # to load is to work
+                self._handle(self._worked(), now_ms)  # to load is to work
                 self._handle(EngineReady(model=event.model, slots=event.slots, fingerprint=event.fingerprint), now_ms)
             else:
                 died = event
         if progressed or finished or cancelled:
-            worked = EngineWorked(
-                progressed=progressed,
-                finished=finished,
-                cancelled=cancelled,
-                busy_ms=self._engine.busy_ms(),
-            )
-            self._handle(worked, now_ms)
+            self._handle(self._worked(progressed, finished, cancelled), now_ms)
         if died is not None:
             log.warning("%s: the engine ended (exit code %s): %s", self._name, died.exit_code, died.message)
             self._generation += 1
@@ -376,7 +423,7 @@ class AgentLoop:
     def _handle(self, event: Event, now_ms: int) -> None:
         """Hand an event in and perform what comes back; a freeze does not wait for what goes back with it."""
         if self._machine.will_freeze(event, now_ms):
-            self._engine.freeze()
+            self._freeze()
         for command in self._machine.handle(event, now_ms):
             self._perform_one[type(command)](command)
 
@@ -406,23 +453,37 @@ class AgentLoop:
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
-    def _start_engine(self, _: Command) -> None:
+    def _freeze(self) -> None:
+        self._frozen = True
+        self._engine.freeze()
+
+    def _thaw(self, _: Command) -> None:
+        self._frozen = False
+        self._engine.thaw()
+
+    def _start_engine(self, command: StartEngine) -> None:
         self._generation += 1
-        self._engine_task = asyncio.get_running_loop().create_task(self._run_start(self._generation, self._engine_task))
+        self._frozen = False
+        start = self._run_start(command.model, self._generation, self._engine_task)
+        self._engine_task = asyncio.get_running_loop().create_task(start)
         self._engine_task.add_done_callback(self._watch)
 
-    async def _run_start(self, generation: int, before: asyncio.Task[None] | None) -> None:
+    async def _run_start(self, model: str, generation: int, before: asyncio.Task[None] | None) -> None:
         """Start the engine, after an earlier start has come to its end."""
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
         if generation != self._generation:
             return
         try:
+            if isinstance(self._engine, SwitchableEngine):
+                self._engine.select(model)
             await self._engine.start(lambda events: self._on_engine(generation, events))
         except MotorpoolError as error:
             self._on_engine(generation, [Died(exit_code=None, message=error.message)])
         if generation != self._generation:
             self._engine.kill()  # it was killed while it was starting
+        elif self._frozen:
+            self._engine.freeze()  # there was no process yet when it was frozen
 
     def _on_engine(self, generation: int, events: list[EngineEvent]) -> None:
         if generation == self._generation:
@@ -430,6 +491,7 @@ class AgentLoop:
 
     def _kill_engine(self, _: Command | None) -> None:
         self._generation += 1
+        self._frozen = False
         self._engine.kill()
 
     def _submit(self, command: SubmitAttempts) -> None:
@@ -453,48 +515,47 @@ class AgentLoop:
             self._put((self._generation, [Died(exit_code=None, message=error.message)]))
 
     def _publish_state(self, command: PublishState) -> None:
-        if self._link is not None and self._link.connected:
+        if isinstance(command.message, wire.Progress) and not self._judging.may_send:
+            return  # it carries text of a job
+        if self._link is not None and self._link.connected and self._catching_up is None:
             self._tell(self._link.publish_state, command.message)
 
     def _publish_live(self, command: PublishLive) -> None:
-        if self._link is not None and self._link.connected:
-            self._tell(self._link.publish_live, command.message)
+        message = command.message
+        if self._link is None or not self._link.connected:
+            return
+        if not self._judging.may_send:  # a request that goes on elsewhere costs a few bytes; its answer would cost more
+            message = wire.Broken(request_id=message.request_id, attempt=message.attempt, reason=ReturnReason.OFFLINE)
+        elif isinstance(message, wire.Tokens | wire.Answered):
+            self._judging.delivered(message, self._clock())
+        self._tell(self._link.publish_live, message)
 
     def _tell(self, publish: Callable[[bytes], None], message: wire.UpState | wire.UpLive) -> None:
         """These may get lost on the way, so one that no message can hold is lost here instead of ending the agent."""
         try:
-            publish(wire.encode(message))
+            data = wire.encode(message)
         except TooLargeError as error:
             log.warning("%s: a %s was dropped: %s", self._name, type(message).__name__, error.message)
+        else:
+            publish(data)
+            self._judging.passed(len(data), self._clock())
 
     def _publish_work(self, command: PublishWork) -> None:
-        self._work.append((command.message.message_id, wire.encode(command.message)))
-        if len(self._publishers) < PUBLISHERS:
-            task = asyncio.get_running_loop().create_task(self._publish_waiting())
-            self._publishers.add(task)
-            task.add_done_callback(self._publishers.discard)
-            task.add_done_callback(self._watch)
+        if isinstance(command.message, wire.Results):
+            self._judging.delivered(command.message, self._clock())
+        self._delivery.add(command.message.message_id, wire.encode(command.message))
 
-    async def _publish_waiting(self) -> None:
-        """Deliver until nothing waits. A message is tried until the stream has it; its id makes repeats harmless."""
-        while self._work:
-            message_id, data = self._work.popleft()
-            wait_s = RETRY_MIN_S
-            while not await self._delivered(data, message_id):
-                await asyncio.sleep(wait_s)
-                wait_s = min(wait_s * 2, RETRY_MAX_S)
-            self._published.append(message_id)
-            self._schedule()
+    def _may_deliver(self) -> bool:
+        return self._link is not None and self._link.connected and self._judging.may_send
 
-    async def _delivered(self, data: bytes, message_id: str) -> bool:
-        if self._link is None or not self._link.connected:
-            return False
-        try:
-            await self._link.publish_work(data, message_id)
-        except BusError as error:
-            log.info("%s: %s", self._name, error.message)
-            return False
-        return True
+    async def _send_work(self, data: bytes, message_id: str) -> None:
+        assert self._link is not None, "ready only with a link"
+        await self._link.publish_work(data, message_id)
+        self._judging.passed(len(data), self._clock())
+
+    def _on_published(self, message_id: str) -> None:
+        self._published.append(message_id)
+        self._schedule()
 
     def _wake_at(self, command: WakeAt) -> None:
         self._wake_at_ms = command.at_ms

@@ -11,7 +11,7 @@ import logging
 import secrets
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +19,8 @@ import msgspec
 
 from motorpool.agent.enrolment import ConsentFile
 from motorpool.agent.loop import GUARD_INTERVAL_MS, AgentLoop, Clock, Link
-from motorpool.agent.runtime.build import build_engine
+from motorpool.agent.notify import Notifier
+from motorpool.agent.parts import Parts, PartsConfig
 from motorpool.agent.runtime.spec import REMOTE_SILENCE_S, Backend, EngineSpec
 from motorpool.agent.signals.car import CarSpec, SimulatedCar
 from motorpool.agent.signals.owner_port import OwnerPort
@@ -37,13 +38,19 @@ PARKED_GUARD_INTERVAL_MS: Final = 1_000
 STALL_MS: Final = 300_000  # without a sign of life from an engine that holds attempts: a starved one is no use either
 REMOTE_STALL_MS: Final = round(REMOTE_SILENCE_S * 1000) + 60_000  # it bounds the silence of its server by itself
 LOOKS_A_PERMIT: Final = 8  # a permit outlives this many looks of the guard that did not come
-SILENCES_A_PERMIT: Final = 2  # an engine whose agent hangs ends itself well before the last permit does
+SILENCE_S: Final = 0.6  # with the time to be sure, an engine whose agent hangs has ended within a second
+LOOKS_A_SILENCE: Final = 2.4  # where the guard looks more seldom
+
+
+# From the agent's clock and what the computer draws: a source, which may have to be entered as a context.
+SourceFactory = Callable[[Callable[[], int], Callable[[], float]], SignalSource]
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that one agent needs.
 
-    ``car`` is the simulated car that it is in. None is a vehicle without signals: ``run_agent`` then never gets a
+    ``small`` is the engine of the lowest rung of the thermal ladder. ``car`` is the simulated car that it is in. None
+    and no ``source`` (of a real car, or of a recording) is a vehicle without signals: ``run_agent`` then never gets a
     permit, while ``run_many`` takes it for one that is always parked and plugged in.
     """
 
@@ -52,8 +59,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     consent_path: Path
     owner_public_key_path: Path
     engine: EngineSpec
+    small: EngineSpec | None = None
     policy: Policy = Policy()
+    parts: PartsConfig = PartsConfig()
     car: CarSpec | None = CarSpec()
+    source: SourceFactory | None = None
     region: str = "local"
     state_interval_ms: int = 5_000
     guard_interval_ms: int = GUARD_INTERVAL_MS
@@ -68,6 +78,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         remote = self.engine.backend is Backend.REMOTE
         return VehicleConfig(
             model=self.engine.model,
+            small_model=None if self.small is None else self.small.model,
             region=self.region,
             state_interval_ms=self.state_interval_ms,
             freeze_grace_ms=0 if remote else self.freeze_grace_ms,
@@ -77,21 +88,22 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     def guard_policy(self) -> Policy:
         """The owner's policy, with permits that outlive a few looks of the guard."""
         permit_ms = max(self.policy.permit_ms, LOOKS_A_PERMIT * self.guard_interval_ms)
-        return msgspec.structs.replace(self.policy, permit_ms=permit_ms)
+        return msgspec.structs.replace(self.policy, permit_ms=permit_ms, has_small_model=self.small is not None)
 
-    def engine_spec(self) -> EngineSpec:
-        """The engine, which ends itself without a word from the agent before the agent's last permit has run out."""
-        silence_s = self.guard_policy().permit_ms / SILENCES_A_PERMIT / 1000
-        return msgspec.structs.replace(self.engine, silence_s=silence_s)
+    def engine_specs(self) -> dict[str, EngineSpec]:
+        """The engine, and the small one if there is one; each ends itself when it hears nothing from the agent."""
+        silence_s = max(SILENCE_S, LOOKS_A_SILENCE * self.guard_interval_ms / 1000)
+        specs = [self.engine, *([] if self.small is None else [self.small])]
+        return {spec.model: msgspec.structs.replace(spec, silence_s=silence_s) for spec in specs}
 
 
-async def run_agent(config: AgentConfig, stop: asyncio.Event | None = None) -> None:
+async def run_agent(config: AgentConfig, stop: asyncio.Event | None = None, notifier: Notifier | None = None) -> None:
     """Run one agent until ``stop`` is set, or until SIGTERM or SIGINT if there is none.
 
     Raises SetupError or TrustError when its credentials cannot be read.
     """
     with _stopping(stop) as stopped:
-        await _run_one(config, stopped, NoSignals(), None)
+        await _run_one(config, stopped, NoSignals(), None, notifier)
 
 
 async def run_many(configs: list[AgentConfig], stop: asyncio.Event | None = None) -> None:
@@ -114,7 +126,11 @@ def _looked_at_seldom(config: AgentConfig) -> AgentConfig:
 
 
 async def _run_one(
-    config: AgentConfig, stopped: asyncio.Event, without_car: SignalSource, gate: asyncio.Semaphore | None
+    config: AgentConfig,
+    stopped: asyncio.Event,
+    without_car: SignalSource,
+    gate: asyncio.Semaphore | None,
+    notifier: Notifier | None = None,
 ) -> None:
     credentials = load_credentials(config.credentials_path)
     clock = Clock()
@@ -126,16 +142,34 @@ async def _run_one(
         source = car
         port = OwnerPort(config.agent_dir, car, clock)
         await port.start()
+    elif config.source is not None:
+        source = config.source(clock, lambda: float(machine.watts_now_w))
+    papers = ConsentFile(config.consent_path, config.owner_public_key_path, credentials.vehicle_id)
+    parts = Parts(
+        config=config.parts,
+        agent_dir=config.agent_dir,
+        vehicle_id=credentials.vehicle_id,
+        papers=papers,
+        policy=config.guard_policy(),
+        specs=config.engine_specs(),
+        source=source,
+        clock=clock,
+        state=lambda: machine.state,
+        notifier=notifier,
+    )
     loop = AgentLoop(
         name=credentials.vehicle_id,
         machine=machine,
-        engine=build_engine(config.engine_spec()),
+        engine=parts.engine,
         source=source,
-        consent=ConsentFile(config.consent_path, config.owner_public_key_path, credentials.vehicle_id).view,
-        policy=config.guard_policy(),
+        judge=parts.judge,
         clock=clock,
         guard_interval_ms=config.guard_interval_ms,
+        spool=parts.spool,
+        limit=parts.limit,
+        on_owner=parts.on_owner,
     )
+    parts.look_now(loop.look_now)
 
     async def connect(on_down: Callable[[bytes], None], on_link: Callable[[bool], None]) -> Link:
         if gate is None:
@@ -149,7 +183,11 @@ async def _run_one(
 
     waiting = asyncio.create_task(wait_for_stop())
     try:
-        await loop.run(connect)
+        async with AsyncExitStack() as entered:
+            if isinstance(source, AbstractAsyncContextManager):
+                await entered.enter_async_context(source)
+            await entered.enter_async_context(parts)
+            await loop.run(connect)
     finally:
         waiting.cancel()
         if port is not None:

@@ -18,13 +18,15 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Final
-
-import httpx
+from typing import IO, TYPE_CHECKING, Final
 
 from motorpool.catalogue.models import FileSource, HttpsSource, Model, PackageSource, model_path, verify
 from motorpool.errors import ModelFileError, MotorpoolError, SetupError, StorageFullError
+
+if TYPE_CHECKING:
+    import httpx
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 CHUNK_BYTES: Final = 1024 * 1024
@@ -185,6 +187,8 @@ def _came_wrong(model: Model, what: str) -> ModelFileError:
 
 def _from_web(model: Model, source: HttpsSource, path: Path, progress: Progress) -> None:
     """Download, going on where an earlier attempt stopped."""
+    import httpx  # noqa: PLC0415  # an agent knows the catalogue but fetches nothing, and is spared its memory
+
     part = path.with_name(path.name + ".part")
     try:
         with httpx.Client(follow_redirects=True, timeout=TIMEOUT_S) as client:
@@ -219,7 +223,7 @@ def _download(client: httpx.Client, model: Model, source: HttpsSource, part: Pat
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"} if have else {"Accept-Encoding": "identity"}
     with client.stream("GET", source.url, headers=headers) as response:
         response.raise_for_status()
-        going_on = response.status_code == httpx.codes.PARTIAL_CONTENT
+        going_on = response.status_code == HTTPStatus.PARTIAL_CONTENT
         with part.open("ab" if going_on else "wb") as out:
             have = have if going_on else 0
             for chunk in response.iter_bytes():

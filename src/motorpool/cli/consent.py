@@ -1,7 +1,7 @@
 """``motorpool consent``: the owner gives consent, takes it back, and sees what holds.
 
 Decides: nothing; the paper is signed with the owner's key and judged in the vehicle. Must not: go over the network.
-Called by: ``cli.main``.
+Called by: ``cli.main``; ``cli.owner_cmd`` finds the vehicle in the same way.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any, Final
 import click
 
 from motorpool.agent.enrolment import CONSENT_NAME, PUBLIC_NAME, ConsentFile, give_consent, take_consent_back
+from motorpool.agent.owner import words
 from motorpool.cli.output import Number
 from motorpool.cli.owner import vehicle_folder
 from motorpool.cli.running import CREDENTIALS_NAME
-from motorpool.core.guard import MINUTES_A_DAY, ConsentView
+from motorpool.core.policy import MINUTES_A_DAY
 from motorpool.errors import SetupError
 from motorpool.trust.consent import ConsentLimits
 from motorpool.trust.credentials import load_credentials
@@ -24,23 +25,18 @@ from motorpool.trust.credentials import load_credentials
 DAY_MS: Final = 86_400_000
 
 
-def place(vehicle: str, data: Path | None, folder: Path | None) -> tuple[Path, str]:
-    """The agent's folder and the vehicle's id. Raises SetupError when nothing is enrolled there."""
-    agent_dir = vehicle_folder(vehicle, data) if folder is None else folder
+def place(vehicle: str | None, data: Path | None, folder: Path | None) -> tuple[Path, str]:
+    """The agent's folder and the vehicle's id. Raises SetupError when nothing is enrolled there.
+
+    A folder is enough; where a vehicle is named as well, it has to be that one.
+    """
+    if folder is None and vehicle is None:
+        raise click.UsageError("name a vehicle of a running `motorpool dev`, or the agent's folder with --dir")
+    agent_dir = folder if folder is not None else vehicle_folder(str(vehicle), data)
     vehicle_id = load_credentials(agent_dir / CREDENTIALS_NAME).vehicle_id
-    if folder is not None and vehicle != vehicle_id:
+    if folder is not None and vehicle is not None and vehicle != vehicle_id:
         raise SetupError(f"{folder} belongs to the vehicle {vehicle_id}, not to {vehicle}", code="other_vehicle")
     return agent_dir, vehicle_id
-
-
-def in_words(view: ConsentView) -> str:
-    """What the consent says now, in one line."""
-    if view.refusal is not None:
-        return f"no consent ({view.refusal.value}): this vehicle does not work"
-    words = f"up to {view.max_watts_w} W, not below {view.floor_pct:g} % charge"
-    if view.ready_by_minute is not None:
-        words += f", {view.target_pct:g} % by {view.ready_by_minute // 60:02d}:{view.ready_by_minute % 60:02d}"
-    return f"consent until {time.strftime('%Y-%m-%d', time.gmtime(view.expires_ms / 1000))}: {words}"
 
 
 def minute_of_day(_context: click.Context, _option: click.Parameter, value: str | None) -> int | None:
@@ -58,11 +54,12 @@ def minute_of_day(_context: click.Context, _option: click.Parameter, value: str 
 
 def tell(agent_dir: Path, vehicle_id: str) -> None:
     """Print what holds now, judged as the vehicle judges it."""
-    view = ConsentFile(agent_dir / CONSENT_NAME, agent_dir / PUBLIC_NAME, vehicle_id).view(_now_ms())
-    click.echo(f"{vehicle_id}: {in_words(view)}")
+    view = ConsentFile(agent_dir / CONSENT_NAME, agent_dir / PUBLIC_NAME, vehicle_id).view(clock_ms())
+    click.echo(f"{vehicle_id}: {words.consent(view)}")
 
 
-def _now_ms() -> int:
+def clock_ms() -> int:
+    """Now, by the clock of this computer."""
     return time.time_ns() // 1_000_000
 
 
@@ -125,7 +122,7 @@ def give(
     """
     agent_dir, vehicle_id = place(vehicle, data, folder)
     limits = ConsentLimits(max_watts_w=watts, floor_pct=floor, ready_by_minute=ready_by, target_pct=target)
-    now_ms = _now_ms()
+    now_ms = clock_ms()
     give_consent(agent_dir, vehicle_id, limits, now_ms=now_ms, expires_ms=now_ms + days * DAY_MS)
     tell(agent_dir, vehicle_id)
 
@@ -140,5 +137,5 @@ def withdraw(*, vehicle: str, data: Path | None, folder: Path | None) -> None:
       motorpool consent withdraw 2
     """
     agent_dir, vehicle_id = place(vehicle, data, folder)
-    take_consent_back(agent_dir, vehicle_id, now_ms=_now_ms())
+    take_consent_back(agent_dir, vehicle_id, now_ms=clock_ms())
     tell(agent_dir, vehicle_id)

@@ -185,6 +185,7 @@ class DevCluster:
         await asyncio.to_thread(self._enrol, admin, vehicle_id, number, folder)
         command = ["agent", "--dir", str(folder), "--model", config.model, "--slots", str(config.slots), "--simulated"]
         command += ["--threads", str(config.threads), "--null-rate", str(config.null_rate)]
+        command += ["--tariff", "0", "--awake-watts", "0"]  # a simulated car charges for nothing, and never sleeps
         await self._start_child(vehicle_id, motorpool(*command))
 
     async def _vehicles_report(self, admin: AdminClient) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from motorpool.server.admin.views import BatchView, StatusView, VehicleView
-from motorpool.types import Reason, ReasonCode, VehicleState
+from motorpool.types import ModelTier, Reason, ReasonCode, VehicleState
 
 OFFLINE: Final = "offline"
 
@@ -27,6 +27,9 @@ REASON_WORDS: Final[dict[ReasonCode, str]] = {
     ReasonCode.CONSENT_INVALID: "consent not valid",
     ReasonCode.CONSENT_EXPIRED: "consent expired",
     ReasonCode.CONSENT_WITHDRAWN: "consent withdrawn",
+    ReasonCode.CONSENT_SUSPENDED: "consent suspended",
+    ReasonCode.PAUSED: "paused by the owner",
+    ReasonCode.QUIET_HOURS: "quiet hours",
     ReasonCode.SIGNAL_MISSING: "signal missing",
     ReasonCode.SIGNAL_STALE: "signal stale",
     ReasonCode.MOVING: "driving",
@@ -35,14 +38,28 @@ REASON_WORDS: Final[dict[ReasonCode, str]] = {
     ReasonCode.DOOR_OPEN: "door open",
     ReasonCode.UNLOCKED: "unlocked",
     ReasonCode.OCCUPIED: "somebody inside",
+    ReasonCode.PRECONDITIONING: "preparing to drive",
+    ReasonCode.UPDATE_IN_PROGRESS: "installing an update",
     ReasonCode.NOT_PLUGGED_IN: "not plugged in",
     ReasonCode.CABLE_UNLOCKED: "cable not locked",
     ReasonCode.NO_GRID_POWER: "no grid power",
+    ReasonCode.FEEDING_GRID: "feeding the grid",
     ReasonCode.BELOW_FLOOR: "below the owner's floor",
     ReasonCode.READY_BY_AT_RISK: "ready-by time at risk",
+    ReasonCode.CHARGING_FIRST: "charging first",
+    ReasonCode.CIRCUIT_LIMIT: "circuit at its limit",
+    ReasonCode.TOO_HOT: "too hot",
+    ReasonCode.LOW_12V: "12 V battery low",
+    ReasonCode.FAULT: "fault in the car",
+    ReasonCode.POWER_SAVING: "saving power",
+    ReasonCode.BUDGET_USED_UP: "budget used up",
+    ReasonCode.BUDGET_UNKNOWN: "budget unknown",
+    ReasonCode.METERED_NETWORK: "network costs",
+    ReasonCode.NOT_WORTH_IT: "not worth it",
     ReasonCode.DWELL: "settling",
 }
 
+TIER_WORDS: Final[dict[str, str]] = {ModelTier.REDUCED.value: ", warm", ModelTier.SMALL.value: ", hot: small model"}
 STATE_STYLES: Final[dict[str, str]] = {
     VehicleState.WORKING: "bold green",
     VehicleState.READY: "green",
@@ -143,7 +160,8 @@ def permit(vehicle: VehicleView) -> Text:
     if vehicle.reasons:
         return Text(f"no: {reasons(vehicle.reasons)}", style="yellow")
     if vehicle.permit_w > 0:
-        return Text(f"yes, {vehicle.permit_w} W", style="green")
+        how = TIER_WORDS.get(vehicle.tier or "", "")
+        return Text(f"yes, {vehicle.permit_w} W{how}", style="green")
     return Text("no", style="yellow")
 
 

@@ -13,7 +13,7 @@ from typing import Final
 
 import click
 
-from motorpool.cli import output
+from motorpool.cli import extras, output
 
 # Where each command is. A vehicle's agent has no use for the customer's client, so each is imported when it is called.
 COMMANDS: Final[dict[str, str]] = {
@@ -23,10 +23,12 @@ COMMANDS: Final[dict[str, str]] = {
     "vehicles": "operator:vehicles",
     "car": "owner:car",
     "consent": "consent:consent",
+    "owner": "owner_cmd:owner",
     "models": "models:models",
     "keys": "keys:keys",
     "serve": "serve:serve",
     "agent": "agent:agent",
+    "sim": "sim:sim",
 }
 
 
@@ -39,13 +41,19 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command; None if there is none of that name."""
+        """Import one command; None if there is none of that name. One that lacks a package says so when it is run."""
         del ctx
         place = COMMANDS.get(cmd_name)
         if place is None:
             return None
         module, attribute = place.split(":")
-        found: click.Command = getattr(importlib.import_module(f"motorpool.cli.{module}"), attribute)
+        try:
+            found: click.Command = getattr(importlib.import_module(f"motorpool.cli.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            lacks = extras.missing(error)
+            if lacks is None:
+                raise
+            return extras.placeholder(cmd_name, lacks)
         return found
 
 
@@ -80,7 +88,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # whoever read our output has gone; there is nobody left to tell
         return output.EXIT_ERROR
     except Exception as error:
-        words = output.describe(error)
+        lacks = extras.missing(error) if isinstance(error, ImportError) else None
+        words = output.describe(lacks or error)
         if words is None:
             raise
         output.print_error(words)

@@ -21,7 +21,7 @@ from motorpool.errors import ConflictError, SetupError
 BUSY: Final = "owner_busy"
 POLL_S: Final = 0.2
 PATIENCE_S: Final = 15.0
-ACTION_LIST: Final = "\n".join(f"  {name:<11} {what}" for name, what in OWNER_ACTIONS.items())
+ACTION_LIST: Final = "\n".join(f"  {name:<16} {what}" for name, what in OWNER_ACTIONS.items())
 
 
 async def play(folder: Path, action: str) -> dict[str, Any]:

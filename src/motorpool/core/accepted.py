@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from motorpool.core import events as ev
+from motorpool.core.attribution import MAX_MESSAGE_UWH, UWH_PER_MWH, co2_ug, split_uwh, weight
 from motorpool.core.jobs import Job
 from motorpool.core.ledger import settle
 from motorpool.core.pricing import cost_micro, extend, split, trim
@@ -17,10 +18,11 @@ MAX_TEMPLATE_TOKENS: Final = 1_024  # what a chat template may add to a prompt; 
 
 
 class Accepted:
-    """Gathers what the accepted part of one message of results changes."""
+    """Gathers what the accepted part of one message of results changes. ``intensity_g_kwh``: where the vehicle is."""
 
-    def __init__(self, vehicle_id: str) -> None:
+    def __init__(self, vehicle_id: str, intensity_g_kwh: int) -> None:
         self.vehicle_id = vehicle_id
+        self.intensity_g_kwh = intensity_g_kwh
         self.picks: list[int] = []
         self.costs: list[int] = []
         self.carried: list[int] = []
@@ -74,11 +76,24 @@ class Accepted:
         for vehicle_id, amount in split(job.price, cost, prompt, self.vehicle_id, whole).items():
             self.owners[vehicle_id] = self.owners.get(vehicle_id, 0) + amount
 
+    def _energy_uwh(self, event: ev.ResultsArrived) -> list[int]:
+        """The part of each accepted line in what the vehicle drew for the whole message.
+
+        Lines that do not count keep theirs, so that none carries the energy of another's repetition.
+        """
+        columns = (event.prompt_tokens, event.cached_tokens, event.completion_tokens, event.carried_tokens)
+        weights = [weight(*tokens) for tokens in zip(*columns, strict=True)]
+        parts = split_uwh(min(event.energy_mwh * UWH_PER_MWH, MAX_MESSAGE_UWH), weights)
+        return [parts[place] for place in self.picks]
+
     def commands(self, job: Job, event: ev.ResultsArrived) -> list[ev.Command]:
         """What all that counts changes in the books."""
         if not self.picks:
             return []
         cost, carried, others = sum(self.costs), sum(self.carried), sum(self.others.values())
+        energy_uwh = self._energy_uwh(event)
+        co2 = [co2_ug(part, self.intensity_g_kwh) for part in energy_uwh]
+        energy = sum(energy_uwh)
         # Named after what can be accepted only once, never after what a vehicle calls its message.
         cause = f"{job.job_id}/{event.lines[self.picks[0]]}"
         commands: list[ev.Command] = [
@@ -88,6 +103,9 @@ class Accepted:
                 picks=self.picks,
                 costs_micro=self.costs,
                 carried_tokens=self.carried,
+                energy_uwh=energy_uwh,
+                co2_ug=co2,
+                energy_is_measured=event.energy_is_measured,
                 with_checkpoint=self.with_checkpoint,
             ),
             ev.SaveJobCounts(
@@ -99,13 +117,17 @@ class Accepted:
                 completion_tokens=self.completion,
                 carried_tokens=carried,
                 cost_micro=cost,
+                energy_uwh=energy,
+                measured_uwh=energy if event.energy_is_measured else 0,
+                co2_ug=sum(co2),
             ),
             ev.SaveVehicleCounts(
                 vehicle_id=self.vehicle_id,
                 lines_done=len(self.picks),
                 tokens_generated=self.completion - others,
                 tokens_taken_over=others,
-                energy_mwh=event.energy_mwh,
+                energy_uwh=energy,
+                co2_ug=sum(co2),
             ),
         ]
         commands += [

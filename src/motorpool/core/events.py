@@ -59,6 +59,18 @@ class VehicleRevoked(Event, frozen=True, kw_only=True):
     vehicle_id: str
 
 
+class OwnerSpoke(Event, frozen=True, kw_only=True):
+    """What the owner of a vehicle last said, as it stands in the books already.
+
+    ``withdrawn``: the consent was taken back. ``paused_until_ms``: no work before, 0 without a pause.
+    """
+
+    vehicle_id: str
+    withdrawn: bool
+    paused_until_ms: int
+    what: str
+
+
 class ResultsArrived(Event, frozen=True, kw_only=True):
     """Finished attempts, as columns of equal length."""
 
@@ -73,6 +85,7 @@ class ResultsArrived(Event, frozen=True, kw_only=True):
     cached_tokens: list[int]
     carried_tokens: list[int]
     energy_mwh: int
+    energy_is_measured: bool = False
 
 
 class WorkReturned(Event, frozen=True, kw_only=True):
@@ -103,7 +116,10 @@ class ProgressMade(Event, frozen=True, kw_only=True):
 
 
 class LiveEnded(Event, frozen=True, kw_only=True):
-    """A live request ended and is to be paid: who generated how many tokens of it, and who read the prompt last."""
+    """A live request ended and is to be paid: who generated how many tokens of it, and who read the prompt last.
+
+    ``energy_uwh`` is what each vehicle drew for it.
+    """
 
     request_id: str
     account: str
@@ -112,6 +128,7 @@ class LiveEnded(Event, frozen=True, kw_only=True):
     completion_tokens: int
     finisher: str
     shares: Shares
+    energy_uwh: dict[str, int] = {}
 
 
 class Ticked(Event, frozen=True, kw_only=True):
@@ -155,7 +172,8 @@ class SaveHeld(Command, frozen=True, kw_only=True):
 class SaveResults(Command, frozen=True, kw_only=True):
     """Results that count: ``picks`` are their places in the event, ``costs_micro`` what each costs.
 
-    ``with_checkpoint`` are those of their lines whose checkpoints are of no more use.
+    ``with_checkpoint`` are those of their lines whose checkpoints are of no more use. ``energy_uwh`` and ``co2_ug`` are
+    each line's part.
     """
 
     job_no: int
@@ -163,6 +181,9 @@ class SaveResults(Command, frozen=True, kw_only=True):
     picks: list[int]
     costs_micro: list[int]
     carried_tokens: list[int]
+    energy_uwh: list[int]
+    co2_ug: list[int]
+    energy_is_measured: bool = False
     with_checkpoint: list[int] = []
 
 
@@ -196,6 +217,9 @@ class SaveJobCounts(Command, frozen=True, kw_only=True):
     completion_tokens: int = 0
     carried_tokens: int = 0
     cost_micro: int = 0
+    energy_uwh: int = 0
+    measured_uwh: int = 0
+    co2_ug: int = 0
 
 
 class SaveVehicleCounts(Command, frozen=True, kw_only=True):
@@ -206,7 +230,28 @@ class SaveVehicleCounts(Command, frozen=True, kw_only=True):
     tokens_generated: int = 0
     tokens_handed_on: int = 0
     tokens_taken_over: int = 0
-    energy_mwh: int = 0
+    energy_uwh: int = 0
+    co2_ug: int = 0
+
+
+class SaveRegion(Command, frozen=True, kw_only=True):
+    """A vehicle is in another region than it was."""
+
+    vehicle_id: str
+    region: str
+
+
+class SaveWithdrawal(Command, frozen=True, kw_only=True):
+    """The vehicle itself knows that its consent was withdrawn (``seen``), or has had a new one since."""
+
+    vehicle_id: str
+    seen: bool
+
+
+class DropStory(Command, frozen=True, kw_only=True):
+    """Forget what was noted of a vehicle: its owner has withdrawn the consent."""
+
+    subject: str
 
 
 class SaveJobStatus(Command, frozen=True, kw_only=True):
@@ -244,6 +289,9 @@ class SendGrant(Command, frozen=True, kw_only=True):
     ttl_ms: int
     lines: list[int]
     with_checkpoint: list[int]
+    max_offline_ms: int
+    pay_input_micro: int
+    pay_output_micro: int
 
 
 class SendRevoke(Command, frozen=True, kw_only=True):
@@ -253,6 +301,12 @@ class SendRevoke(Command, frozen=True, kw_only=True):
     lease_id: str
     lines: list[int] | None = None
     keep_running: bool = False
+
+
+class SendOwnerNews(Command, frozen=True, kw_only=True):
+    """Tell a vehicle, as the books have it, what its owner has earned and has said by the cell."""
+
+    vehicle_id: str
 
 
 class AssembleFiles(Command, frozen=True, kw_only=True):
@@ -266,6 +320,7 @@ SchedulerEvent = (
     | CancelAsked
     | VehicleReported
     | VehicleRevoked
+    | OwnerSpoke
     | ResultsArrived
     | WorkReturned
     | ProgressMade

@@ -35,10 +35,14 @@ class Vehicle:
         "lines_per_s",
         "live",
         "offline",
+        "paused_until_ms",
+        "region",
         "result_ms",
         "seen_ms",
         "state",
         "vehicle_id",
+        "withdrawal_seen",
+        "withdrawn",
     )
 
     def __init__(self, vehicle_id: str) -> None:
@@ -55,6 +59,10 @@ class Vehicle:
         self.blocked_until_ms = 0
         self.counted_as: str | None = None
         self.live = 0  # live requests placed here and not ended
+        self.region = ""
+        self.paused_until_ms = 0  # by the owner's word to the cell
+        self.withdrawn = False  # the owner has taken the consent back
+        self.withdrawal_seen = False  # and the vehicle knows it
 
     @property
     def slots(self) -> int:
@@ -64,11 +72,16 @@ class Vehicle:
     @property
     def present(self) -> bool:
         """Whether it is here and permitted."""
-        return not self.offline and self.state is not None and self.state.state in _USABLE
+        return not self.offline and not self.withdrawn and self.permitted
+
+    @property
+    def permitted(self) -> bool:
+        """Whether it says itself that it may work."""
+        return self.state is not None and self.state.state in _USABLE
 
     def usable(self, now_ms: int) -> bool:
-        """Whether it can be given work: present, and it has not just handed some back."""
-        return self.present and now_ms >= self.blocked_until_ms
+        """Whether it can be given work: present, not paused by its owner, and it has not just handed some back."""
+        return self.present and now_ms >= max(self.blocked_until_ms, self.paused_until_ms)
 
     def outstanding(self) -> int:
         """Lines that it holds."""

@@ -28,6 +28,7 @@ class Lease:
 
     __slots__ = (
         "base",
+        "excused",
         "expires_ms",
         "granted_ms",
         "incarnation",
@@ -68,6 +69,7 @@ class Lease:
         self.sent_ms = granted_ms
         self.sent_times = 1
         self.missing_ms: int | None = None  # since when the vehicle does not say so any more
+        self.excused = False  # it went missing because the owner took the car: no fault of the vehicle's
 
 
 class Job:

@@ -20,6 +20,11 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
     owner_share_bp: int = 7000
 
 
+def owner_pay(price: Price) -> tuple[int, int]:
+    """What owners get for a million prompt and a million generated tokens, so that a vehicle can reckon with it."""
+    return price.input_micro * price.owner_share_bp // 10_000, price.output_micro * price.owner_share_bp // 10_000
+
+
 Shares = list[tuple[str, int]]  # which vehicle generated how many tokens, in the order in which it happened
 
 

@@ -21,12 +21,14 @@ import numpy.typing as npt
 
 from motorpool.core import events as ev
 from motorpool.core.accepted import Accepted
+from motorpool.core.attribution import co2_ug
+from motorpool.core.carbon import grams_per_kwh
 from motorpool.core.fleet import Vehicle
 from motorpool.core.jobs import DONE, LEASED, NOBODY, Job, Lease, Waiting
 from motorpool.core.ledger import settle
-from motorpool.core.pricing import Shares, cost_micro, extend, split, trim
-from motorpool.types import ReturnReason, VehicleState
-from motorpool.wire import State
+from motorpool.core.pricing import Shares, cost_micro, extend, owner_pay, split, trim
+from motorpool.types import ReasonCode, ReturnReason, VehicleState
+from motorpool.wire import MAX_OFFLINE_MS, State
 
 TICK_MS: Final = 1_000
 SILENT_AFTER_MS: Final = 20_000  # no report for so long: the vehicle is taken for gone
@@ -73,6 +75,7 @@ class Scheduler:
             ev.CancelAsked: self._cancel_asked,
             ev.VehicleReported: self._vehicle_reported,
             ev.VehicleRevoked: self._vehicle_revoked,
+            ev.OwnerSpoke: self._owner_spoke,
             ev.ResultsArrived: self._results_arrived,
             ev.WorkReturned: self._work_returned,
             ev.ProgressMade: self._progress_made,
@@ -139,6 +142,15 @@ class Scheduler:
         vehicle.incarnation = vehicle.incarnation or saved.incarnation
         job.restore_lease(self._new_lease(job, vehicle, saved))
 
+    def restore_vehicle(
+        self, vehicle_id: str, *, region: str, withdrawn: bool, withdrawal_seen: bool, paused_until_ms: int
+    ) -> None:
+        """Put back what the books know of a vehicle: where it is, and what its owner has said."""
+        vehicle = self._vehicle(vehicle_id)
+        vehicle.region = region
+        vehicle.withdrawn, vehicle.withdrawal_seen = withdrawn, withdrawal_seen
+        vehicle.paused_until_ms = paused_until_ms
+
     def _new_lease(self, job: Job, vehicle: Vehicle, saved: ev.SaveLease) -> Lease:
         self._lease_count += 1
         lease = Lease(
@@ -162,11 +174,12 @@ class Scheduler:
 
         No window closes before ``settled_ms``.
         """
-        commands: Commands = []
+        commands: Commands = [
+            ev.DropStory(subject=vehicle.vehicle_id) for vehicle in self.vehicles.values() if vehicle.withdrawn
+        ]
         self._settled_ms = settled_ms
-        for vehicle in self.vehicles.values():
-            vehicle.seen_ms = now_ms
         for lease in self.leases.values():
+            self.vehicles[lease.vehicle_id].seen_ms = now_ms
             lease.sent_ms = now_ms  # the crash may have come before the grant was sent: it is sent again if need be
         for lease in [lease for lease in self.leases.values() if not lease.lines]:
             commands += self._forget(lease)
@@ -227,6 +240,7 @@ class Scheduler:
         vehicle = self._vehicle(event.vehicle_id)
         state = event.state
         commands: Commands = []
+        news = vehicle.offline or state.incarnation != vehicle.incarnation  # it may have missed what was sent
         if state.incarnation != vehicle.incarnation:
             for lease in list(vehicle.leases.values()):
                 if lease.incarnation != state.incarnation:
@@ -235,12 +249,59 @@ class Scheduler:
         elif vehicle.state is not None and state.seq <= vehicle.state.seq and not vehicle.offline:
             return []
         before = _in_words(None if vehicle.offline else vehicle.state)
+        commands += self._hear_of_withdrawal(vehicle, state)
+        if vehicle.withdrawn:
+            state = _bare(state)
         vehicle.state, vehicle.seen_ms, vehicle.offline = state, now_ms, False
         self._recount(vehicle)
-        if before != _in_words(state):
-            commands.append(ev.Note(subject=vehicle.vehicle_id, what=_in_words(state)))
+        if not vehicle.withdrawn:
+            if state.region != vehicle.region:
+                vehicle.region = state.region
+                commands.append(ev.SaveRegion(vehicle_id=vehicle.vehicle_id, region=state.region))
+            if before != _in_words(state):
+                commands.append(ev.Note(subject=vehicle.vehicle_id, what=_in_words(state)))
+        if news or (vehicle.permitted and not vehicle.usable(max(now_ms, vehicle.blocked_until_ms))):
+            commands.append(ev.SendOwnerNews(vehicle_id=vehicle.vehicle_id))  # or it does not know its owner's word yet
         commands += self._reconcile(vehicle, now_ms)
         return commands + self._fill(vehicle, now_ms)
+
+    def _hear_of_withdrawal(self, vehicle: Vehicle, state: State) -> Commands:
+        """A vehicle that has said that its consent is withdrawn, and is permitted later, has a new one by then.
+
+        It checks the owner's signature itself; the owner may have given the new one in the car.
+        """
+        if not vehicle.withdrawn:
+            return []
+        if any(reason.code is ReasonCode.CONSENT_WITHDRAWN for reason in state.reasons):
+            if vehicle.withdrawal_seen:
+                return []
+            vehicle.withdrawal_seen = True
+        elif vehicle.withdrawal_seen and state.state in {VehicleState.READY, VehicleState.WORKING}:
+            vehicle.withdrawn = vehicle.withdrawal_seen = False
+        else:
+            return []
+        return [ev.SaveWithdrawal(vehicle_id=vehicle.vehicle_id, seen=vehicle.withdrawal_seen)]
+
+    def _owner_spoke(self, event: ev.OwnerSpoke, now_ms: int) -> Commands:
+        """The owner takes the car, or gives it back: what was done is paid, what runs goes to others."""
+        vehicle = self._vehicle(event.vehicle_id)
+        vehicle.paused_until_ms = event.paused_until_ms
+        if event.withdrawn != vehicle.withdrawn:
+            vehicle.withdrawn, vehicle.withdrawal_seen = event.withdrawn, False
+        commands: Commands = []
+        if vehicle.withdrawn:
+            vehicle.state = None if vehicle.state is None else _bare(vehicle.state)
+            commands.append(ev.DropStory(subject=vehicle.vehicle_id))
+        else:
+            commands.append(ev.Note(subject=vehicle.vehicle_id, what=event.what))
+        self._recount(vehicle)
+        commands.append(ev.SendOwnerNews(vehicle_id=vehicle.vehicle_id))
+        if not vehicle.withdrawn and now_ms >= vehicle.paused_until_ms:
+            return commands + self._fill(vehicle, now_ms)
+        for lease in list(vehicle.leases.values()):
+            commands.append(ev.SendRevoke(vehicle_id=vehicle.vehicle_id, lease_id=lease.lease_id))
+            commands += self._take_back(lease, "the owner asked for it")
+        return commands + self._fill_all(now_ms)
 
     def _reconcile(self, vehicle: Vehicle, now_ms: int) -> Commands:
         """Compare the leases that the vehicle says it holds with ours."""
@@ -252,9 +313,12 @@ class Scheduler:
                 lease.seen, lease.missing_ms = True, None
             elif lease.seen:
                 # It has ended there; its last results may still be on their way through the stream.
+                # When the owner has taken the car meanwhile, that they come late is nobody's fault.
                 lease.missing_ms = lease.missing_ms or now_ms
+                lease.excused = lease.excused or not vehicle.permitted
                 if now_ms - lease.missing_ms >= MISSING_AFTER_MS:
-                    commands += self._take_back(lease, "results did not arrive", failed_ms=now_ms)
+                    failed_ms = None if lease.excused else now_ms
+                    commands += self._take_back(lease, "results did not arrive", failed_ms=failed_ms)
             elif lease.job.cancelling_ms is not None:
                 commands += self._take_back(lease, "its job was cancelled")
             elif now_ms - lease.sent_ms >= RESEND_AFTER_MS:
@@ -267,13 +331,16 @@ class Scheduler:
         return commands
 
     def _send_again(self, lease: Lease, now_ms: int) -> Commands:
+        lease.excused = lease.excused or not self.vehicles[lease.vehicle_id].permitted
         if lease.sent_times >= MAX_SENDS:
-            return self._take_back(lease, "the vehicle did not take it", failed_ms=now_ms)
+            failed_ms = None if lease.excused else now_ms
+            return self._take_back(lease, "the vehicle did not take it", failed_ms=failed_ms)
         lease.sent_ms = now_ms
         lease.sent_times += 1
         return [self._grant(lease, now_ms)]
 
     def _grant(self, lease: Lease, now_ms: int) -> ev.SendGrant:
+        pay_input_micro, pay_output_micro = owner_pay(lease.job.price)
         return ev.SendGrant(
             lease_id=lease.lease_id,
             job_no=lease.job.job_no,
@@ -284,6 +351,10 @@ class Scheduler:
             ttl_ms=max(1, lease.expires_ms - now_ms),
             lines=sorted(lease.lines),
             with_checkpoint=sorted(lease.base),
+            # What comes after the window is worth nothing to anybody.
+            max_offline_ms=min(MAX_OFFLINE_MS, max(0, lease.job.expires_ms - now_ms)),
+            pay_input_micro=pay_input_micro,
+            pay_output_micro=pay_output_micro,
         )
 
     def _vehicle_revoked(self, event: ev.VehicleRevoked, now_ms: int) -> Commands:
@@ -437,7 +508,7 @@ class Scheduler:
             return []
         job = self.jobs[number]
         vehicle = self._vehicle(event.vehicle_id)
-        accepted = Accepted(vehicle_id=vehicle.vehicle_id)
+        accepted = Accepted(vehicle_id=vehicle.vehicle_id, intensity_g_kwh=grams_per_kwh(vehicle.region))
         ended: dict[int, list[int]] = {}  # lines to remove, by the number of the lease that holds them
         again: list[int] = []
         seen: set[int] = set()
@@ -628,7 +699,21 @@ class Scheduler:
         commands += [
             ev.SaveVehicleCounts(vehicle_id=vehicle_id, tokens_generated=tokens) for vehicle_id, tokens in event.shares
         ]
+        commands += [
+            ev.SaveVehicleCounts(vehicle_id=vehicle_id, energy_uwh=uwh, co2_ug=self.co2_ug(vehicle_id, uwh))
+            for vehicle_id, uwh in sorted(event.energy_uwh.items())
+        ]
         return commands
+
+    def may_tell(self, subject: str) -> bool:
+        """Whether a story may be kept of this vehicle or job: of no car whose owner has withdrawn the consent."""
+        vehicle = self.vehicles.get(subject)
+        return vehicle is None or not vehicle.withdrawn
+
+    def co2_ug(self, vehicle_id: str, energy_uwh: int) -> int:
+        """Micrograms of CO2 of energy that this vehicle drew."""
+        vehicle = self.vehicles.get(vehicle_id)
+        return co2_ug(energy_uwh, grams_per_kwh("" if vehicle is None else vehicle.region))
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
@@ -646,7 +731,8 @@ class Scheduler:
         for lease in list(self.leases.values()):
             if now_ms >= lease.expires_ms + EXPIRY_GRACE_MS:
                 commands.append(ev.SendRevoke(vehicle_id=lease.vehicle_id, lease_id=lease.lease_id))
-                commands += self._take_back(lease, "the lease ran out", failed_ms=now_ms)
+                failed_ms = now_ms if self.vehicles[lease.vehicle_id].permitted else None
+                commands += self._take_back(lease, "the lease ran out", failed_ms=failed_ms)
         for job in list(self.jobs.values()):
             job.measure(now_ms)
             if now_ms >= max(job.expires_ms, self._settled_ms):
@@ -686,3 +772,17 @@ def _in_words(state: State | None) -> str:
         return "offline"
     why = ", ".join(reason.code.value for reason in state.reasons)
     return state.state.value + (f": {why}" if why else "")
+
+
+def _bare(state: State) -> State:
+    """What is needed of a report to end the work of a vehicle whose consent is withdrawn, and nothing about its car."""
+    return State(
+        incarnation=state.incarnation,
+        seq=state.seq,
+        state=state.state,
+        region=state.region,
+        model=state.model,
+        slots=state.slots,
+        held=state.held,
+        reasons=[reason for reason in state.reasons if reason.code is ReasonCode.CONSENT_WITHDRAWN],
+    )

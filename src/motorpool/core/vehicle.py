@@ -8,7 +8,8 @@ Why there is no way around it: ``handle`` is the only mutation path. A permit is
 permit no command that gives work to the engine is ever returned, and the first command after a "no" is FreezeEngine.
 Putting together what goes back takes a while: ``will_freeze`` tells the shell before, so that the engine stops first.
 Every line of a lease ends exactly once, in a Results or in a Returned message, and a lease is held until the last of
-its messages is in the durable stream. Any message of the cell may come twice or late and then changes nothing.
+its messages is in the durable stream. Any message of the cell may come twice or late and then changes nothing. Without
+a link the work goes on, for as long as each lease allows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
+from motorpool.core.outside import charge_outside_pct, reasons_outside
+from motorpool.core.vehicle_engine import EngineRecord
 from motorpool.core.vehicle_events import (
     Arrived,
     Attempt,
@@ -27,14 +30,12 @@ from motorpool.core.vehicle_events import (
     EngineWorked,
     Event,
     FinishedAttempt,
-    FreezeEngine,
     KillEngine,
     LinkChanged,
     PublishState,
-    StartEngine,
+    SpoolFilled,
     StopAsked,
     SubmitAttempts,
-    ThawEngine,
     Ticked,
     VehicleConfig,
     VerdictGiven,
@@ -49,6 +50,7 @@ from motorpool.errors import TooLargeError
 from motorpool.types import (
     MAX_BODY_BYTES,
     MAX_ITEMS_PER_MESSAGE,
+    ModelTier,
     Permit,
     Reason,
     ReasonCode,
@@ -69,9 +71,9 @@ from motorpool.wire import (
     Sync,
 )
 
-HEALTHY_MS: Final = 60_000  # an engine that lived this long starts the restart times over
 _UP: Final = frozenset({VehicleState.READY, VehicleState.WORKING})
 _NOT_JUDGED: Final = (Reason(code=ReasonCode.SIGNAL_MISSING, detail="not judged yet"),)
+_NO_SMALL_MODEL: Final = (Reason(code=ReasonCode.TOO_HOT, detail="only a small model is allowed, and there is none"),)
 _OUTDATED: Final = (Reason(code=ReasonCode.SIGNAL_STALE, detail="the permit ran out without a new decision"),)
 
 
@@ -91,18 +93,13 @@ class VehicleMachine:
         self._reasons: tuple[Reason, ...] = _NOT_JUDGED
         self._soc_pct: float | None = None
         self._plugged: bool | None = None
+        self._region = config.region
+        self._stay: tuple[int | None, float | None] = (None, None)  # how long the car stays, and the risk that it goes
         self._stopping = False
         # the engine
-        self._engine_on = False
-        self._model: str | None = None
-        self._fingerprint = ""
-        self._slots = 0
-        self._start_at_ms = 0
-        self._restart_ms = config.restart_min_ms
-        self._ready_since_ms = 0
-        self._kill_at_ms = 0
-        self._quiet_since_ms: int | None = None  # the engine owes us a sign of life since then
-        self._ghosts: list[str] = []  # handed back while frozen; cancelled before the thaw
+        self._meter = Meter()
+        self._engine = EngineRecord(config, self._meter, self._out)
+        self._back_since_ms: int | None = None  # the small model runs, and the full one is allowed again
         # the work
         self._leases: dict[str, Lease] = {}
         self._waiting: dict[int, Lease] = {}  # leases that may have queued items, oldest first
@@ -111,17 +108,18 @@ class VehicleMachine:
         self._running: dict[str, Run] = {}
         self._queued = 0
         self._queued_bytes = 0
-        self._live = LiveRequests(config, self._out)
+        self._live = LiveRequests(config, self._meter, self._out)
+        self._down_since_ms: int | None = None  # the link
         self._expiry_ms: int | None = None
         self._progress_ms = 0
         # what has to arrive
-        self._meter = Meter()
         self._outbox = Outbox(config, incarnation, self._meter, self._out)
         # what is told
         self._seq = 0
         self._told: tuple[object, ...] | None = None
         self._told_ms = 0
         self._changed = False
+        self._stay_changed = False
         # counters
         self._finish_rate = Rate(50, 200)
         self._token_rate = Rate(1_000, 4_000)
@@ -161,8 +159,13 @@ class VehicleMachine:
         if self._state not in _UP:
             return False
         if isinstance(event, VerdictGiven):
-            return event.permit is None or event.permit.until_ms <= now_ms
+            permit = event.permit
+            return permit is None or permit.until_ms <= now_ms or self._model_for(permit) is None
         return isinstance(event, StopAsked) or self._ran_out(now_ms)
+
+    def _model_for(self, permit: Permit) -> str | None:
+        """The model that a permit allows; None if this vehicle has none that is small enough."""
+        return self._config.small_model if permit.tier is ModelTier.SMALL else self._config.model
 
     def _ran_out(self, now_ms: int) -> bool:
         return self._permit is not None and now_ms >= self._permit.until_ms
@@ -189,9 +192,9 @@ class VehicleMachine:
         elif isinstance(event, EngineDied):
             self._on_died(event, now_ms)
         elif isinstance(event, LinkChanged):
-            self._live.link_changed(up=event.up)
-            if event.up:
-                self._told = None
+            self._on_link(event, now_ms)
+        elif isinstance(event, SpoolFilled):
+            self._outbox.spool_full = event.full
         elif isinstance(event, StopAsked):
             self._on_stop(now_ms)
         else:
@@ -211,7 +214,16 @@ class VehicleMachine:
     # -- the guard -----------------------------------------------------------------------------------------------------
 
     def _on_verdict(self, event: VerdictGiven, now_ms: int) -> None:
+        if event.drawn_mws is not None:
+            self._meter.draw(event.drawn_mws, is_measured=event.is_measured)
         self._soc_pct = event.soc_pct
+        if event.region is not None and event.region != self._region:
+            self._region = event.region
+            self._changed = True
+        stay = (event.stay_bound_ms, event.risk_15min)
+        if stay != self._stay:
+            self._stay = stay
+            self._stay_changed = True
         if event.plugged != self._plugged:
             self._plugged = event.plugged
             self._changed = True
@@ -219,40 +231,41 @@ class VehicleMachine:
             self._deny(event.reasons, now_ms)
         elif event.permit.until_ms <= now_ms:
             self._deny(_OUTDATED, now_ms)
+        elif self._model_for(event.permit) is None:
+            self._deny(_NO_SMALL_MODEL, now_ms)
         else:
-            self._allow(event.permit)
+            self._allow(event.permit, now_ms)
 
-    def _allow(self, permit: Permit) -> None:
+    def _allow(self, permit: Permit, now_ms: int) -> None:
         self._permit = permit
         self._watts_w = permit.watts_w
         self._reasons = ()
         if self._state is VehicleState.DENIED:
             self._go(Trigger.PERMITTED)
         elif self._state is VehicleState.YIELDING:
-            if self._ghosts:
-                self._out.append(CancelAttempts(keys=self._ghosts))
-                self._ghosts = []
-            self._out.append(ThawEngine())
+            if self._engine.loading != self._model_for(permit):
+                self._switch(now_ms)
+                return
+            self._engine.thaw(self._watts_w)
             self._go(Trigger.PERMITTED)
 
     def _deny(self, reasons: tuple[Reason, ...], now_ms: int) -> None:
         """Stop. The engine is frozen before anything else happens; then what was generated goes back."""
         self._permit = None
         self._reasons = reasons
-        self._quiet_since_ms = None
+        self._back_since_ms = None
+        self._engine.quiet_since_ms = None
         if self._state is VehicleState.DENIED:
             return
         leaving = self._stopping or any(reason.code in LEAVING for reason in reasons)
         was = self._state
         if was in _UP:
-            self._out.append(FreezeEngine())
-            self._ghosts = [*self._running, *self._live]
-            self._kill_at_ms = now_ms + self._config.freeze_grace_ms
+            self._engine.freeze([*self._running, *self._live], now_ms)
             self._return_everything(ReturnReason.SHUTDOWN if self._stopping else ReturnReason.GUARD)
         if was is VehicleState.YIELDING and not leaving:
             return
         if leaving or was is VehicleState.STARTING:
-            self._kill()
+            self._engine.kill()
         self._go(Trigger.LEAVING if leaving else Trigger.DENIED)
 
     def _on_stop(self, now_ms: int) -> None:
@@ -261,48 +274,53 @@ class VehicleMachine:
 
     # -- the engine ----------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        self._out.append(StartEngine())
-        self._engine_on = True
-        self._meter.engine_started()
+    def _follow_tier(self, now_ms: int) -> None:
+        """Let the engine run the model that the permit's tier names.
 
-    def _kill(self) -> None:
-        if self._engine_on:
-            self._out.append(KillEngine())
-        self._engine_gone()
+        Down the ladder at once. Up again when nothing is lost by it, or after a while: otherwise a machine that is just
+        warm enough would throw its work away again and again.
+        """
+        permit, engine = self._permit, self._engine
+        wanted = None if permit is None else self._model_for(permit)
+        if wanted is None or not engine.on or engine.loading == wanted:
+            self._back_since_ms = None
+            return
+        if wanted == self._config.model and (self._running or self._queued or self._live):
+            if self._back_since_ms is None:
+                self._back_since_ms = now_ms
+            if now_ms - self._back_since_ms < self._config.switch_back_ms:
+                return
+        self._switch(now_ms)
 
-    def _engine_gone(self) -> None:
-        self._engine_on = False
-        self._quiet_since_ms = None
-        self._ghosts = []
-        self._slots = 0
-        self._model = None
+    def _switch(self, now_ms: int) -> None:
+        """End the engine, give its work back, and let one with the other model take its place."""
+        self._out.append(KillEngine())
+        if self._state in _UP:
+            self._return_everything(ReturnReason.GUARD)
+        self._engine.gone()
+        self._engine.start_at_ms = now_ms
+        self._back_since_ms = None
+        self._go(Trigger.SWITCH)
 
     def _on_ready(self, event: EngineReady, now_ms: int) -> None:
-        if self._state is not VehicleState.STARTING or not self._engine_on:
-            return  # of an engine that was killed meanwhile
-        self._model = event.model
-        self._slots = max(1, event.slots)
-        self._fingerprint = self._live.engine = event.fingerprint
-        self._ready_since_ms = now_ms
-        self._go(Trigger.LOADED)
+        if self._state is VehicleState.STARTING and self._engine.loaded(event, now_ms):
+            self._live.engine = event.fingerprint
+            self._go(Trigger.LOADED)
 
     def _on_died(self, event: EngineDied, now_ms: int) -> None:
-        if not self._engine_on:
+        if not self._engine.on:
             return
         was_up = self._state in _UP
         if was_up:
             # An engine that missed its agent's word is no fault of what it ran: it is held against no line.
             self._return_everything(ReturnReason.GUARD if event.unheard else ReturnReason.ENGINE_DIED)
-            if now_ms - self._ready_since_ms >= HEALTHY_MS:
-                self._restart_ms = self._config.restart_min_ms
-        self._engine_gone()
-        self._start_at_ms = now_ms + self._restart_ms
-        self._restart_ms = min(self._restart_ms * 2, self._config.restart_max_ms)
+        self._engine.died(now_ms, was_up=was_up)
         self._go(Trigger.DIED)
 
     def _on_worked(self, event: EngineWorked, now_ms: int) -> None:
-        if self._engine_on:
+        if event.drawn_mws is not None:
+            self._meter.draw(event.drawn_mws, is_measured=event.is_measured, busy_ms=event.busy_ms)
+        elif self._engine.on:
             self._meter.count(event.busy_ms, self._watts_w)
         tokens = 0
         for progressed in event.progressed:
@@ -315,7 +333,7 @@ class VehicleMachine:
             if isinstance(run, LiveRun):
                 self._live.progressed(run, progressed.deltas)
         if event.progressed or event.finished or event.cancelled:
-            self._quiet_since_ms = None
+            self._engine.heard()
         if event.finished:
             tokens += self._on_finished(event.finished, now_ms)
         if event.cancelled:
@@ -371,13 +389,13 @@ class VehicleMachine:
         elif isinstance(message, Revoke):
             self._on_revoke(message)
         elif isinstance(message, Open):
-            accepted = self._state in _UP and message.model == self._model
+            accepted = self._state in _UP and message.model == self._engine.model
             self._live.open(message, accepted=accepted, created_s=now_ms // 1000)
         elif isinstance(message, Close):
             self._live.close(message.request_id)
-        else:
-            assert isinstance(message, Sync)
+        elif isinstance(message, Sync):
             self._told = None
+        # what is for the owner is the shell's to pass on
 
     def _on_grant(self, grant: Grant, now_ms: int) -> None:
         if grant.lease_id in self._leases or grant.lease_id in self._closed:
@@ -400,14 +418,15 @@ class VehicleMachine:
         self._waiting[lease.number] = lease
         self._queued += len(grant.items)
         self._queued_bytes += size
-        self._expiry_ms = min(self._expiry_ms or lease.expires_ms, lease.expires_ms)
+        ends_ms = lease.ends_ms(self._down_since_ms)
+        self._expiry_ms = ends_ms if self._expiry_ms is None else min(self._expiry_ms, ends_ms)
 
     def _accepts(self, grant: Grant, size: int) -> bool:
         config = self._config
         return (
             self._state in _UP
             and grant.incarnation == self._incarnation
-            and grant.model == self._model
+            and grant.model == self._engine.model
             and grant.ttl_ms > 0
             and len(self._leases) <= config.max_leases
             and self._queued + len(grant.items) <= config.max_queued
@@ -468,7 +487,7 @@ class VehicleMachine:
 
     def _started_keys(self) -> frozenset[str]:
         """Those that the engine has really begun: it runs ``slots`` at a time, in order."""
-        return frozenset(islice(self._running, self._slots))
+        return frozenset(islice(self._running, self._engine.slots))
 
     def _take_running(self, key: str, run: Run, *, started: bool) -> ReturnItem:
         del self._running[key]
@@ -484,26 +503,54 @@ class VehicleMachine:
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
+    def _on_link(self, event: LinkChanged, now_ms: int) -> None:
+        self._live.link_changed(up=event.up)
+        if event.up:
+            self._told = None
+            self._down_since_ms = None
+        elif self._down_since_ms is None:
+            self._down_since_ms = now_ms
+        self._find_expiry()
+
+    def _find_expiry(self) -> None:
+        ends = (lease.ends_ms(self._down_since_ms) for lease in self._leases.values() if lease.unfinished)
+        self._expiry_ms = min(ends, default=None)
+
+    def _expire(self, now_ms: int) -> None:
+        """Give up what is unfinished of leases whose time is over, or that were too long without a link."""
+        for lease in list(self._leases.values()):
+            if lease.unfinished and now_ms >= lease.ends_ms(self._down_since_ms):
+                over = now_ms >= lease.expires_ms
+                self._stop_lease(lease, None, ReturnReason.EXPIRED if over else ReturnReason.OFFLINE)
+        self._find_expiry()
+
     def _on_time(self, now_ms: int) -> None:
-        if self._state is VehicleState.YIELDING and now_ms >= self._kill_at_ms:
-            self._kill()
+        engine = self._engine
+        if self._state is VehicleState.YIELDING and now_ms >= engine.kill_at_ms:
+            engine.kill()
             self._go(Trigger.GRACE_OVER)
-        if self._state is VehicleState.STARTING and not self._engine_on and now_ms >= self._start_at_ms:
-            self._start()
-        if self._quiet_since_ms is not None and now_ms - self._quiet_since_ms >= self._config.stall_ms:
+        if engine.is_silent(now_ms):
             self._out.append(KillEngine())
             self._on_died(EngineDied(), now_ms)
         if self._expiry_ms is not None and now_ms >= self._expiry_ms:
-            unfinished = [lease for lease in self._leases.values() if lease.unfinished]
-            for lease in unfinished:
-                if now_ms >= lease.expires_ms:
-                    self._stop_lease(lease, None, ReturnReason.EXPIRED)
-            self._expiry_ms = min((lease.expires_ms for lease in unfinished if lease.unfinished), default=None)
+            self._expire(now_ms)
+        self._run_engine(now_ms)
         if self._outbox.gathering:
             self._outbox.flush_gathered(now_ms - self._config.flush_ms)
         if self._running and now_ms >= self._progress_ms:
             self._progress_ms = now_ms + self._config.progress_interval_ms
             self._tell_progress()
+
+    def _run_engine(self, now_ms: int) -> None:
+        """Have the engine that the permit allows, held to the permit's watts."""
+        if self._permit is None:
+            return
+        self._follow_tier(now_ms)
+        if self._state is VehicleState.STARTING and not self._engine.on and now_ms >= self._engine.start_at_ms:
+            model = self._model_for(self._permit)
+            assert model is not None, "a permit names a model that there is"
+            self._engine.start(model, self._watts_w)
+        self._engine.limit(self._watts_w)
 
     def _tell_progress(self) -> None:
         """Send the checkpoints that have grown since the last time."""
@@ -531,7 +578,7 @@ class VehicleMachine:
             return
         config = self._config
         ahead = int(self._finish_rate.value * config.window_ms / 1000)
-        room = min(max(self._slots, ahead), config.max_window) - len(self._running)
+        room = min(max(self._engine.slots, ahead), config.max_window) - len(self._running)
         attempts: list[Attempt] = []
         if room > 0 and not self._running:
             self._progress_ms = now_ms + config.progress_interval_ms
@@ -570,71 +617,83 @@ class VehicleMachine:
 
     def _settle(self, now_ms: int) -> None:
         busy = bool(self._running or self._live)
-        if busy and self._quiet_since_ms is None:
-            self._quiet_since_ms = now_ms
+        if busy and self._engine.quiet_since_ms is None:
+            self._engine.quiet_since_ms = now_ms
         if busy and self._state is VehicleState.READY:
             self._go(Trigger.BUSY)
         elif not busy and self._state is VehicleState.WORKING:
             self._go(Trigger.IDLE)
         if not self._running and self._outbox.gathering:
             self._outbox.flush_gathered(now_ms)
-        up = self._state in _UP
-        urgent = (up or self._state, self._permit.watts_w if self._permit else 0, self._reasons, self._model)
-        since_ms = now_ms - self._told_ms
-        config = self._config
-        if (
-            urgent != self._told
-            or since_ms >= config.state_interval_ms
-            or (self._changed and since_ms >= config.state_min_ms)
-        ):
+        permit = self._permit
+        allowed = None if permit is None else (permit.watts_w, permit.tier, permit.battery_fed)
+        urgent = (self._state in _UP or self._state, allowed, self._reasons, self._engine.model)
+        if urgent != self._told or now_ms >= self._tell_at_ms():
             self._told = urgent
             self._told_ms = now_ms
-            self._changed = False
+            self._changed = self._stay_changed = False
             self._out.append(PublishState(message=self._state_message(now_ms)))
         due_ms = self._due_ms()
         if self._wake_at_ms is None or self._wake_at_ms <= now_ms or due_ms < self._wake_at_ms:
             self._wake_at_ms = due_ms
             self._out.append(WakeAt(at_ms=due_ms))
 
+    def _tell_at_ms(self) -> int:
+        """When the next State is due, if nothing urgent happens."""
+        config = self._config
+        after_ms = config.state_interval_ms
+        if self._stay_changed:
+            after_ms = min(after_ms, config.stay_interval_ms)
+        if self._changed:
+            after_ms = min(after_ms, config.state_min_ms)
+        return self._told_ms + after_ms
+
     def _state_message(self, now_ms: int) -> State:
         self._seq += 1
         running = len(self._running) + len(self._live)
-        in_slots = min(running, self._slots)
+        engine, permit = self._engine, self._permit
+        in_slots = min(running, engine.slots)
         return State(
             incarnation=self._incarnation,
             seq=self._seq,
             state=self._state,
-            region=self._config.region,
-            permit_w=self._permit.watts_w if self._permit else 0,
-            reasons=list(self._reasons),
-            model=self._model,
-            slots=self._slots,
+            region=self._region,
+            permit_w=permit.watts_w if permit else 0,
+            reasons=reasons_outside(self._reasons),
+            model=engine.model,
+            slots=engine.slots,
             running=in_slots,
             queued=self._queued + running - in_slots,
             held=list(self._leases),
             tokens_generated=self._tokens,
             tokens_per_s=round(self._token_rate.add(0, now_ms), 2),
             energy_mwh=self._meter.total_mwh,
-            energy_is_measured=False,
-            engine=self._fingerprint,
-            soc_pct=self._soc_pct,
+            energy_is_measured=self._meter.is_measured,
+            engine=engine.fingerprint,
+            soc_pct=charge_outside_pct(self._soc_pct),
             plugged=self._plugged,
+            tier=permit.tier if permit else ModelTier.FULL,
+            battery_fed=permit.battery_fed if permit else False,
+            stay_bound_ms=self._stay[0],
+            risk_15min=self._stay[1],
         )
 
     def _due_ms(self) -> int:
         """When something is due next, without any event."""
-        config = self._config
-        due_ms = self._told_ms + (config.state_min_ms if self._changed else config.state_interval_ms)
+        engine = self._engine
+        due_ms = self._tell_at_ms()
         if self._permit is not None:
             due_ms = min(due_ms, self._permit.until_ms)
         if self._state is VehicleState.YIELDING:
-            due_ms = min(due_ms, self._kill_at_ms)
-        elif self._state is VehicleState.STARTING and not self._engine_on:
-            due_ms = min(due_ms, self._start_at_ms)
+            due_ms = min(due_ms, engine.kill_at_ms)
+        elif self._state is VehicleState.STARTING and not engine.on:
+            due_ms = min(due_ms, engine.start_at_ms)
+        if self._back_since_ms is not None:
+            due_ms = min(due_ms, self._back_since_ms + self._config.switch_back_ms)
         if self._expiry_ms is not None:
             due_ms = min(due_ms, self._expiry_ms)
-        if self._quiet_since_ms is not None:
-            due_ms = min(due_ms, self._quiet_since_ms + config.stall_ms)
+        if engine.quiet_since_ms is not None:
+            due_ms = min(due_ms, engine.quiet_since_ms + self._config.stall_ms)
         if self._running:
             due_ms = min(due_ms, self._progress_ms)
         gathered_ms = self._outbox.due_ms()
@@ -649,15 +708,23 @@ class VehicleMachine:
         assert alive or self._state in {VehicleState.DENIED, VehicleState.YIELDING}, "nothing runs without a permit"
         assert self._permit is None or not self._reasons, "a permit has no reasons against it"
         assert not (self._stopping and self._permit), "a stopping vehicle has no permit"
-        assert self._engine_on or self._state in {VehicleState.DENIED, VehicleState.STARTING}, "an engine to run in"
-        assert not (self._engine_on and self._state is VehicleState.DENIED), "no engine without a permit"
-        assert not self._ghosts or self._state is VehicleState.YIELDING, "only a frozen engine keeps handed back work"
+        self._validate_engine()
         assert self._state in _UP or not (self._queued or self._running), "no work is kept without an engine"
         assert not self._leases.keys() & self._closed.keys(), "a lease is held or closed"
         assert len(self._closed) <= self._config.max_closed
-        assert self._quiet_since_ms is None or self._state in _UP, "only a running engine owes a sign of life"
-        assert self._quiet_since_ms is not None or self._state is not VehicleState.WORKING, "a working one does"
         self._validate_counts()
+
+    def _validate_engine(self) -> None:
+        state, engine = self._state, self._engine
+        assert engine.on or state in {VehicleState.DENIED, VehicleState.STARTING}, "an engine to run in"
+        assert not (engine.on and state is VehicleState.DENIED), "no engine without a permit"
+        assert not engine.ghosts or state is VehicleState.YIELDING, "only a frozen engine keeps handed back work"
+        assert engine.quiet_since_ms is None or state in _UP, "only a running engine owes a sign of life"
+        assert engine.quiet_since_ms is not None or state is not VehicleState.WORKING, "a working one does"
+        if self._permit is not None and engine.on:
+            wanted = self._model_for(self._permit)
+            assert wanted in {engine.loading, self._config.model}, "no larger model than the tier allows"
+            assert engine.loading == wanted or self._back_since_ms is not None, "the way back up has an end"
 
     def _validate_counts(self) -> None:
         running: dict[int, set[int]] = {}
@@ -674,7 +741,9 @@ class VehicleMachine:
             assert len(lines) == len(set(lines)), "a line is in one place"
             assert lease.running == len(running.get(lease.number, ()))
             assert not lease.queue or lease.number in self._waiting, "a queue is looked at"
-            assert not lease.unfinished or self._expiry_ms is not None, "a lease ends at its time"
+            if lease.unfinished:
+                assert self._expiry_ms is not None, "a lease ends at its time"
+                assert self._expiry_ms <= lease.ends_ms(self._down_since_ms), "or before, without a link"
             queued += len(lease.queue)
             queued_bytes += sum(bytes_of(item) for item in lease.queue)
         assert queued_bytes <= self._config.max_queued_bytes, "no more is held than the bound says"

@@ -23,10 +23,13 @@ class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True):
     is killed in the step that freezes it, once its work has gone back. ``window_ms`` is how much work, at the recent
     rate, lies in the engine ahead of time, at most ``max_window`` attempts. ``max_queued_bytes`` counts the bodies and
     the checkpoints that wait. An engine that holds attempts and gives no sign of life for ``stall_ms`` is killed and
-    counts as died.
+    counts as died. ``small_model`` is what runs on the lowest rung of the thermal ladder; without one nothing does.
+    When the full model is allowed again, an idle engine changes back at once, one that has work after
+    ``switch_back_ms``. A new bound of how long the car stays is no reason for a State before ``stay_interval_ms``.
     """
 
     model: str
+    small_model: str | None = None
     region: str = "local"
     freeze_grace_ms: int = 5_000
     state_interval_ms: int = 5_000
@@ -48,6 +51,8 @@ class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True):
     stall_ms: int = 300_000
     restart_min_ms: int = 1_000
     restart_max_ms: int = 60_000
+    switch_back_ms: int = 600_000
+    stay_interval_ms: int = 60_000
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
@@ -86,12 +91,22 @@ class FinishedAttempt(Protocol):
 
 
 class VerdictGiven(msgspec.Struct, frozen=True, kw_only=True):
-    """The guard has judged: a permit, or None with the reasons; with what the operator may see of the battery."""
+    """The guard has judged: a permit, or None with the reasons; with what the operator may see of battery and stay.
+
+    ``region`` is the code of the region that the car itself has found, None where the configuration says it.
+    ``drawn_mws``: what the whole vehicle has drawn for us since the incarnation began, in milliwatt-seconds, measured
+    or modelled by the shell; None if it does not say. ``is_measured`` speaks of what is new in it.
+    """
 
     permit: Permit | None
     reasons: tuple[Reason, ...] = ()
     soc_pct: float | None = None
     plugged: bool | None = None
+    stay_bound_ms: int | None = None
+    risk_15min: float | None = None
+    region: str | None = None
+    drawn_mws: int | None = None
+    is_measured: bool = False
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,12 +128,17 @@ class EngineDied(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineWorked(msgspec.Struct, frozen=True, kw_only=True):
-    """Attempts moved on. ``busy_ms`` is the engine's working time since its start."""
+    """Attempts moved on. ``busy_ms`` is the engine's working time since its start.
+
+    ``drawn_mws`` and ``is_measured`` as in VerdictGiven; without them energy is working time at the permit's power.
+    """
 
     progressed: Sequence[ProgressedAttempt] = ()
     finished: Sequence[FinishedAttempt] = ()
     cancelled: Sequence[str] = ()
     busy_ms: int = 0
+    drawn_mws: int | None = None
+    is_measured: bool = False
 
 
 class Arrived(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +159,12 @@ class WorkPublished(msgspec.Struct, frozen=True, kw_only=True):
     message_ids: list[str]
 
 
+class SpoolFilled(msgspec.Struct, frozen=True, kw_only=True):
+    """What keeps undelivered messages safe takes no more (``full``), or takes some again."""
+
+    full: bool
+
+
 class Ticked(msgspec.Struct, frozen=True, kw_only=True):
     """Time has passed."""
 
@@ -148,7 +174,16 @@ class StopAsked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Event = (
-    VerdictGiven | EngineReady | EngineDied | EngineWorked | Arrived | LinkChanged | WorkPublished | Ticked | StopAsked
+    VerdictGiven
+    | EngineReady
+    | EngineDied
+    | EngineWorked
+    | Arrived
+    | LinkChanged
+    | WorkPublished
+    | SpoolFilled
+    | Ticked
+    | StopAsked
 )
 
 
@@ -156,7 +191,15 @@ Event = (
 
 
 class StartEngine(msgspec.Struct, frozen=True, kw_only=True):
-    """Start the engine and load the model."""
+    """Start the engine and load ``model``; a LimitEngine follows at once."""
+
+    model: str
+
+
+class LimitEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """Hold the engine to so many watts, from now on and while it loads."""
+
+    watts_w: int
 
 
 class FreezeEngine(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +264,7 @@ class WakeAt(msgspec.Struct, frozen=True, kw_only=True):
 
 Command = (
     StartEngine
+    | LimitEngine
     | FreezeEngine
     | ThawEngine
     | KillEngine

@@ -117,6 +117,7 @@ class Lease:
         "job_id",
         "kind",
         "lease_id",
+        "max_offline_ms",
         "media_type",
         "number",
         "queue",
@@ -131,6 +132,7 @@ class Lease:
         self.kind = grant.kind
         self.media_type = grant.media_type
         self.expires_ms = now_ms + grant.ttl_ms
+        self.max_offline_ms = grant.max_offline_ms
         self.carried_tokens = {item.line: tokens_of(item.checkpoint) for item in grant.items if item.checkpoint}
         self.queue: deque[Item] = deque()
         self.running = 0
@@ -138,6 +140,10 @@ class Lease:
         self.gathered_bytes = 0
         self.gathered_since_ms = 0
         self.undelivered = 0  # messages that the durable stream does not have yet
+
+    def ends_ms(self, down_since_ms: int | None) -> int:
+        """When what is unfinished is given up: at the lease's end, or when the link has been down for too long."""
+        return self.expires_ms if down_since_ms is None else min(self.expires_ms, down_since_ms + self.max_offline_ms)
 
     @property
     def unfinished(self) -> bool:

@@ -24,6 +24,7 @@ from motorpool.core.vehicle_events import (
     VehicleConfig,
 )
 from motorpool.core.vehicle_leases import LiveRun, join
+from motorpool.core.vehicle_outbox import Meter
 from motorpool.errors import TooLargeError
 from motorpool.types import MAX_BODY_BYTES, Kind, ReturnReason, Usage
 from motorpool.wire import Answered, Broken, Delta, Open, Tokens
@@ -37,8 +38,9 @@ _Value = TypeVar("_Value")
 class LiveRequests:
     """Those that the engine runs now, by the key of their attempt. Appends its commands to ``out``."""
 
-    def __init__(self, config: VehicleConfig, out: list[Command]) -> None:
+    def __init__(self, config: VehicleConfig, meter: Meter, out: list[Command]) -> None:
         self._config = config
+        self._meter = meter
         self._out = out
         self._runs: dict[str, LiveRun] = {}
         self._keys: dict[str, str] = {}  # by request
@@ -127,7 +129,8 @@ class LiveRequests:
         if run is None:
             return 0
         self._forget(run)
-        usage = done.usage
+        energy_uwh, is_measured = self._meter.attribute_uwh()
+        usage = msgspec.structs.replace(done.usage, energy_uwh=energy_uwh, energy_is_measured=is_measured)
         if run.stream and done.status < 400:
             self._tell(run, [], usage)
         elif len(done.body) > MAX_BODY_BYTES:

@@ -6,14 +6,15 @@ finished or handed back; that is ``core.vehicle``, which alone calls this room.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from motorpool.core.vehicle_events import Command, PublishWork, VehicleConfig
 from motorpool.core.vehicle_leases import Lease
 from motorpool.types import ReturnReason
 from motorpool.wire import ProgressItem, ResultItem, Results, Returned, ReturnItem
 
-MAX_RETURN_ITEMS = 1_024
+MAX_RETURN_ITEMS: Final = 1_024
+MAX_ANSWER_UWH: Final = 10**10  # as much as one answer can carry; the next one carries the rest
 _Part = TypeVar("_Part", ReturnItem, ProgressItem)
 
 
@@ -44,19 +45,44 @@ class Rate:
 
 
 class Meter:
-    """Energy by a model: the engine's working time at the permit's power. Whole milliwatt-hours; the rest is kept."""
+    """Energy in milliwatt-seconds (watts times milliseconds), as the shell tells it, measured or modelled.
 
-    __slots__ = ("_attributed_mwh", "_busy_ms", "_mws")
+    Where the shell does not, it is the engine's working time at the permit's power. Such a guess holds until the shell
+    tells again; what was counted once is never taken back, and no joule is attributed twice.
+    """
+
+    __slots__ = (
+        "_any_measured",
+        "_any_modelled",
+        "_attributed",
+        "_busy_ms",
+        "_drawn",
+        "_guess",
+        "_known",
+        "_open",
+        "_total",
+    )
 
     def __init__(self) -> None:
         self._busy_ms = 0
-        self._mws = 0  # milliwatt-seconds: watts times milliseconds
-        self._attributed_mwh = 0
+        self._known = 0
+        self._guess = 0  # since the shell told last
+        self._drawn = 0  # what it told last
+        self._total = 0
+        self._attributed = 0
+        self._open = False  # is there something modelled that is not attributed yet
+        self._any_modelled = False
+        self._any_measured = False
 
     @property
     def total_mwh(self) -> int:
         """Since the incarnation began."""
-        return self._mws // 3600
+        return self._total // 3600
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether all of it was measured."""
+        return self._any_measured and not self._any_modelled
 
     def engine_started(self) -> None:
         """The engine's own count begins again."""
@@ -65,18 +91,47 @@ class Meter:
     def count(self, busy_ms: int, watts_w: int) -> None:
         """The engine has worked ``busy_ms`` since its start, the latest part of it at ``watts_w``."""
         if busy_ms > self._busy_ms:
-            self._mws += (busy_ms - self._busy_ms) * watts_w
+            self._guess += (busy_ms - self._busy_ms) * watts_w
             self._busy_ms = busy_ms
+            self._modelled()
+            self._total = max(self._total, self._known + self._guess)
 
-    def attribute_mwh(self) -> int:
-        """What was drawn since the last call: the share of the results that go out now."""
-        delta_mwh = self.total_mwh - self._attributed_mwh
-        self._attributed_mwh += delta_mwh
-        return delta_mwh
+    def draw(self, drawn_mws: int, *, is_measured: bool, busy_ms: int = 0) -> None:
+        """The shell has told what was drawn in all; ``busy_ms`` of working time are in it."""
+        more = max(0, drawn_mws - self._drawn)
+        self._drawn += more
+        self._known += more
+        self._guess = 0
+        self._busy_ms = max(self._busy_ms, busy_ms)
+        self._total = max(self._total, self._known)
+        if more and is_measured:
+            self._any_measured = True
+        elif more:
+            self._modelled()
+
+    def _modelled(self) -> None:
+        self._open = self._any_modelled = True
+
+    def attribute_mwh(self) -> tuple[int, bool]:
+        """What was drawn since the last call, and whether all of it was measured: the share of what goes out now."""
+        share = (self._total - self._attributed) // 3600
+        return share, self._attribute(share * 3600)
+
+    def attribute_uwh(self) -> tuple[int, bool]:
+        """The same in micro-watt-hours, for an answer that goes out alone."""
+        share = min((self._total - self._attributed) * 10 // 36, MAX_ANSWER_UWH)
+        return share, self._attribute(-(-share * 36 // 10))
+
+    def _attribute(self, mws: int) -> bool:
+        is_measured = self._any_measured and not self._open
+        self._attributed += mws
+        if mws:
+            self._open = False
+        return is_measured
 
     def validate(self) -> None:
         """No energy is attributed twice."""
-        assert 0 <= self._attributed_mwh <= self.total_mwh
+        assert 0 <= self._attributed <= self._total
 
 
 class Outbox:
@@ -91,6 +146,7 @@ class Outbox:
         self._items = 0
         self._bytes = 0
         self._count = 0
+        self.spool_full = False
         self.gathering: dict[int, Lease] = {}
 
     def __len__(self) -> int:
@@ -99,7 +155,8 @@ class Outbox:
     @property
     def full(self) -> bool:
         """Is so much undelivered that nothing new should be computed."""
-        return self._items >= self._config.max_outbox_items or self._bytes >= self._config.max_outbox_bytes
+        config = self._config
+        return self.spool_full or self._items >= config.max_outbox_items or self._bytes >= config.max_outbox_bytes
 
     def gather(self, lease: Lease, item: ResultItem, now_ms: int) -> None:
         """Take one finished attempt; a full message goes out at once."""
@@ -116,14 +173,15 @@ class Outbox:
         """Send what a lease has gathered."""
         if not lease.gathered:
             return
+        energy_mwh, is_measured = self._meter.attribute_mwh()
         message = Results(
             incarnation=self._incarnation,
             message_id=self._message_id(),
             lease_id=lease.lease_id,
             job_id=lease.job_id,
             items=lease.gathered,
-            energy_mwh=self._meter.attribute_mwh(),
-            energy_is_measured=False,
+            energy_mwh=energy_mwh,
+            energy_is_measured=is_measured,
             media_type=lease.media_type,
         )
         size = lease.gathered_bytes

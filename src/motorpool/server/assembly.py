@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from motorpool.server.cell import Cell
+from motorpool.server.openai.footprints import with_footprint
 from motorpool.server.openai.lines import custom_id_of
 from motorpool.store import books
 from motorpool.store.blobs import BlobWriter
@@ -135,7 +136,7 @@ async def _write_lines(
             cell.reader, row["batch_no"], first, first + max(1, within), max_bytes=CHUNK_BYTES
         )
         data = os.pread(stream.fileno(), int(ends[last - 1]) - start, start)
-        finished = {line: (status, body) for line, status, body in rows}
+        finished = {row.line: row for row in rows}
         lines: tuple[list[bytes], list[bytes]] = ([], [])  # of the output and of the error file
         for number in range(first, last):
             at = int(offsets[number]) - start
@@ -150,15 +151,15 @@ async def _write_lines(
 
 
 def output_line(
-    stem: bytes, number: int, custom_id: bytes, found: tuple[int, bytes] | None, final: str
+    stem: bytes, number: int, custom_id: bytes, found: books.DoneLine | None, final: str
 ) -> tuple[bytes, bool]:
     """One line of the output or (True) of the error file, as OpenAI lays it out."""
     head = b'{"id":"batch_req_%s_%d","custom_id":%s,"response":' % (stem, number, custom_id)
-    if found is not None and found[0] > 0:
-        status, body = found
-        answer = b'{"status_code":%d,"request_id":"req_%s_%d","body":' % (status, stem, number)
-        return head + answer + body + b'},"error":null}\n', status >= 400
+    if found is not None and found.status > 0:
+        answer = b'{"status_code":%d,"request_id":"req_%s_%d","body":' % (found.status, stem, number)
+        body = with_footprint(found.body, found.footprint)
+        return head + answer + body + b'},"error":null}\n', found.status >= 400
     if found is not None:
-        return head + b'null,"error":' + found[1] + b"}\n", True
+        return head + b'null,"error":' + found.body + b"}\n", True
     code, message = UNFINISHED.get(final, ("batch_failed", "This request was not executed."))
     return head + b'null,"error":' + _encode({"code": code, "message": message}) + b"}\n", True

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.catalogue import Catalogue
+from motorpool.core.attribution import Footprint
 from motorpool.store.blobs import BlobStore
 from motorpool.types import Kind, Usage
-from motorpool.wire import Delta
+from motorpool.wire import Delta, State
 
 T = TypeVar("T")
 
@@ -36,11 +37,12 @@ class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """New text of a stream; ``usage`` is set on the last one and covers the whole answer."""
+    """New text of a stream; ``usage`` and ``footprint`` are set on the last one and cover the whole answer."""
 
     deltas: list[Delta]
     usage: Usage | None
     engine: str
+    footprint: Footprint | None = None
 
 
 class LiveAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class LiveAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     status: int
     body: bytes
+    footprint: Footprint | None = None
 
 
 class ValidBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,3 +112,9 @@ class Cell(Protocol):
         Plain: exactly one LiveAnswer. Streamed: LiveTokens ending with one that has ``usage``, or LiveAnswer with an
         error. Raises CapacityError before the first item when no vehicle can serve.
         """
+
+    def vehicle_state(self, vehicle_id: str) -> State | None:
+        """The last report of a vehicle; None while it is silent."""
+
+    async def owner_spoke(self, vehicle_id: str, what: str) -> None:
+        """The owner's word is in the books: stop, or go on, and tell the vehicle. ``what`` is for its story."""

@@ -19,7 +19,8 @@ import msgspec
 
 from motorpool import wire
 from motorpool.core import events as ev
-from motorpool.core.pricing import Price, Shares, extend, trim
+from motorpool.core.attribution import Footprint
+from motorpool.core.pricing import Price, Shares, extend, owner_pay, trim
 from motorpool.core.scheduler import Scheduler
 from motorpool.errors import CallerError, CapacityError, MotorpoolError, VehicleError
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens
@@ -33,6 +34,7 @@ WHOLE_ANSWER_TIMEOUT_S: Final = 1800.0  # a plain request says nothing until its
 PATIENCE_S: Final = 20.0  # how long a broken call waits for a vehicle to go on
 RETRY_WAIT_S: Final = 0.25
 MAX_ATTEMPTS: Final = 10
+CUSTOMER_CLASS: Final = "live requests"  # what an owner is told of whom they are for
 _array = msgspec.json.Decoder(list[msgspec.Raw])
 
 Incoming = wire.Tokens | wire.Answered | wire.Broken
@@ -75,6 +77,8 @@ class Call:
         self.logprobs: list[bytes] = []
         self.checkpoint: bytes | None = None
         self.shares: Shares = []
+        self.energy_uwh: dict[str, int] = {}  # what each vehicle drew for it
+        self.is_measured = True
         self.paid = False
 
     @property
@@ -98,6 +102,12 @@ class Call:
         self.tokens += count
         if self.vehicle_id is not None:
             self.shares = extend(self.shares, self.vehicle_id, count)
+
+    def drew(self, energy_uwh: int, *, is_measured: bool) -> None:
+        """The vehicle that has it now tells what it drew for it."""
+        if energy_uwh and self.vehicle_id is not None:
+            self.energy_uwh[self.vehicle_id] = self.energy_uwh.get(self.vehicle_id, 0) + energy_uwh
+            self.is_measured = self.is_measured and is_measured
 
     def take(self, checkpoint: bytes | None) -> None:
         """A vehicle handed a plain request back with what it had generated; of a stream, what was emitted counts."""
@@ -185,10 +195,14 @@ class LiveDesk:
                 message = await self._next(call)
                 if isinstance(message, wire.Tokens):
                     call.note(message)
+                    footprint = None
                     if message.usage is not None:  # paid first: the client may leave at the last word
+                        footprint = self._footprint(call, message.usage)
                         self._pay(call, message.usage)
                         self._over(call)
-                    yield LiveTokens(deltas=message.deltas, usage=message.usage, engine=message.engine)
+                    yield LiveTokens(
+                        deltas=message.deltas, usage=message.usage, engine=message.engine, footprint=footprint
+                    )
                     if message.usage is not None:
                         return
                 elif isinstance(message, wire.Answered):
@@ -228,12 +242,25 @@ class LiveDesk:
         return call
 
     def _answered(self, call: Call, message: wire.Answered) -> LiveAnswer:
+        footprint = self._footprint(call, message.usage)
         if message.status < 400:
             self._pay(call, message.usage)
         else:
             self._pay_for_what_was_delivered(call)
         self._over(call)
-        return LiveAnswer(status=message.status, body=message.body)
+        return LiveAnswer(
+            status=message.status, body=message.body, footprint=footprint if message.status < 400 else None
+        )
+
+    def _footprint(self, call: Call, usage: Usage) -> Footprint:
+        """What all vehicles drew for a call that ends now."""
+        call.drew(usage.energy_uwh, is_measured=usage.energy_is_measured)
+        drawn = call.energy_uwh
+        return Footprint(
+            energy_uwh=sum(drawn.values()),
+            co2_ug=sum(self._cell.scheduler.co2_ug(vehicle_id, uwh) for vehicle_id, uwh in drawn.items()),
+            is_measured=call.is_measured and bool(drawn),
+        )
 
     def _end(self, call: Call) -> None:
         del self._calls[call.request.request_id]
@@ -267,6 +294,7 @@ class LiveDesk:
     async def _go_on(self, call: Call, broken: wire.Broken) -> LiveAnswer | None:
         """Find another vehicle for a broken call; the error for the client if there is none."""
         call.take(broken.checkpoint)
+        call.drew(broken.energy_uwh, is_measured=broken.energy_is_measured)
         if call.vehicle_id is not None:
             call.tried.add(call.vehicle_id)
         self._over(call)
@@ -305,6 +333,7 @@ class LiveDesk:
         call.incarnation = self._cell.scheduler.vehicles[vehicle_id].incarnation
         call.next_seq = 0
         self._cell.scheduler.live_began(vehicle_id)
+        pay_input_micro, pay_output_micro = owner_pay(self._cell.price_of(request.model))
         opened = wire.Open(
             request_id=request.request_id,
             attempt=call.attempt,
@@ -313,6 +342,9 @@ class LiveDesk:
             stream=request.stream,
             body=request.body,
             checkpoint=call.resume_from() if call.attempt else None,
+            pay_input_micro=pay_input_micro,
+            pay_output_micro=pay_output_micro,
+            customer_class=CUSTOMER_CLASS,
         )
         self._cell.send(vehicle_id, wire.encode(opened))
 
@@ -345,6 +377,7 @@ class LiveDesk:
                 completion_tokens=usage.completion_tokens,
                 finisher=finisher,
                 shares=shares,
+                energy_uwh=call.energy_uwh,
             )
         )
 

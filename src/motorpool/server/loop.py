@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sqlite3
-import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -27,17 +25,21 @@ from motorpool import wire
 from motorpool.bus import CellLink, WorkMessage
 from motorpool.catalogue import Catalogue
 from motorpool.core import events as ev
+from motorpool.core.ledger import vehicle_of
 from motorpool.core.pricing import Price
 from motorpool.core.scheduler import SETTLE_MS, TICK_MS, Scheduler
-from motorpool.errors import ConflictError, MotorpoolError, StorageFullError, StoreError, TooLargeError, VehicleError
+from motorpool.errors import ConflictError, MotorpoolError, StorageFullError, StoreError, TooLargeError
 from motorpool.server.assembly import assemble
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatch
+from motorpool.server.entries import Entry, InputFile, log_foreign, progress_entry, work_entry
 from motorpool.server.live import LiveDesk
+from motorpool.server.news import OwnerNews
 from motorpool.server.openai.lines import parse_line
-from motorpool.store import books
+from motorpool.server.writing import write
+from motorpool.store import books, owners
 from motorpool.store.blobs import BlobStore
 from motorpool.store.database import Database, translate
-from motorpool.types import MAX_CHECKPOINT_BYTES, Kind
+from motorpool.types import Kind
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,10 +50,8 @@ GATHER_S: Final = 0.02  # pay for live requests is committed together this often
 STOP_GRACE_S: Final = 3.0
 REBUILD_WAIT_S: Final = 1.0
 MAX_REWRITE_WAIT_S: Final = 60.0
+CUSTOMER_CLASS: Final = "batch documents"  # what an owner is told of whom leases are for
 UNWRITABLE: Final = "internal_error"  # the code of an error that no repetition mends
-_raw: Final = msgspec.json.Decoder(msgspec.Raw)
-_NOT_JSON: Final = VehicleError("the vehicle's answer was not JSON")
-_NOT_JSON_BODY: Final = msgspec.json.encode(_NOT_JSON.envelope())
 # Errors of SQLite that lie in what was to be written, not in the disk or the database.
 _OF_THE_ENTRY: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError, sqlite3.InterfaceError)
 
@@ -60,70 +60,25 @@ class StartedError(ConflictError):
     """The batch was handed over before."""
 
 
-class Entry:
-    """One thing for the loop to do: an event with the bodies that it refers to, or a change that the API wants."""
-
-    __slots__ = ("bodies", "change", "done", "event", "message")
+class CellLoop:
+    """The control plane of one cell; implements ``server.cell.Cell``."""
 
     def __init__(
         self,
         *,
-        event: ev.SchedulerEvent | None = None,
-        bodies: list[bytes] | None = None,
-        change: Callable[[sqlite3.Connection], Any] | None = None,
-        message: WorkMessage | None = None,
-        done: asyncio.Future[Any] | None = None,
+        database: Database,
+        blobs: BlobStore,
+        catalogue: Catalogue,
+        clock: Callable[[], int],
+        currency: str = "EUR",
     ) -> None:
-        self.event = event
-        self.bodies = bodies or []
-        self.change = change
-        self.message = message
-        self.done = done
-
-    @property
-    def comes_once(self) -> bool:
-        """Whether nobody could ask for it again: finished work, and live requests that are to be paid."""
-        return self.message is not None or isinstance(self.event, ev.LiveEnded)
-
-
-class InputFile:
-    """The input file of a job in progress, and where its lines are."""
-
-    def __init__(self, stream: BinaryIO, batch_id: str, index: books.LineIndex) -> None:
-        self.stream = stream
-        self.batch_id = batch_id
-        self.offsets = index.offsets
-        self.lengths = index.lengths
-
-    def lines(self, numbers: list[int]) -> list[bytes]:
-        """The bytes of these lines, in order; runs of neighbours are read at once."""
-        found: list[bytes] = []
-        start = 0
-        while start < len(numbers):
-            stop = start + 1
-            while stop < len(numbers) and numbers[stop] == numbers[stop - 1] + 1:
-                stop += 1
-            first, last = numbers[start], numbers[stop - 1]
-            low = int(self.offsets[first])
-            high = int(self.offsets[last]) + int(self.lengths[last])
-            data = os.pread(self.stream.fileno(), high - low, low)
-            for number in numbers[start:stop]:
-                at = int(self.offsets[number]) - low
-                found.append(data[at : at + int(self.lengths[number])])
-            start = stop
-        return found
-
-
-class CellLoop:
-    """The control plane of one cell; implements ``server.cell.Cell``."""
-
-    def __init__(self, *, database: Database, blobs: BlobStore, catalogue: Catalogue, clock: Callable[[], int]) -> None:
         self._database = database
         self.blobs = blobs
         self.catalogue = catalogue
         self.now_ms = clock
         self.scheduler = Scheduler()
         self.desk = LiveDesk(self)
+        self.news = OwnerNews(self, currency)
         self.enrolled: set[str] = set()
         self._link: CellLink | None = None
         self._inbox: deque[Entry] = deque()
@@ -199,6 +154,26 @@ class CellLoop:
     def live(self, request: LiveRequest) -> AsyncIterator[LiveTokens | LiveAnswer]:
         """Run a live request; see ``Cell.live``."""
         return self.desk.run(request)
+
+    def vehicle_state(self, vehicle_id: str) -> wire.State | None:
+        """The last report of a vehicle; see ``Cell.vehicle_state``."""
+        vehicle = self.scheduler.vehicles.get(vehicle_id)
+        return None if vehicle is None or vehicle.offline else vehicle.state
+
+    async def owner_spoke(self, vehicle_id: str, what: str, *, cause: str = "owner") -> None:
+        """Do as the owner's word in the books says; see ``Cell.owner_spoke``."""
+        row = owners.find_vehicle(self.reader, vehicle_id)
+        if row is None:
+            return
+        withdrawn, paused_until_ms = row["withdrawn_ms"] is not None, row["paused_until_ms"]
+        if withdrawn or paused_until_ms > self.now_ms():
+            self.desk.on_struck_off(vehicle_id)  # live requests go on elsewhere
+        spoke = ev.OwnerSpoke(
+            cause_id=cause, vehicle_id=vehicle_id, withdrawn=withdrawn, paused_until_ms=paused_until_ms, what=what
+        )
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._post(Entry(event=spoke, done=done))
+        await done
 
     # -- start and stop ------------------------------------------------------------------------------------------------
 
@@ -285,7 +260,9 @@ class CellLoop:
     def _restore(self) -> None:
         db = self._database.writer
         self.scheduler = Scheduler(books.next_epoch(db))
-        self.enrolled = {row["vehicle_id"] for row in books.list_vehicles(db)}
+        self.enrolled = set()
+        for row in books.list_vehicles(db):
+            self._restore_vehicle(row)
         for file in self._files.values():
             file.stream.close()
         self._files.clear()
@@ -311,6 +288,18 @@ class CellLoop:
         for number in finished:
             self._assemble(number)
         self._perform(acts)
+
+    def _restore_vehicle(self, row: sqlite3.Row) -> None:
+        self.enrolled.add(row["vehicle_id"])
+        withdrawn = row["withdrawn_ms"] is not None
+        if withdrawn or row["region"] or row["paused_until_ms"]:
+            self.scheduler.restore_vehicle(
+                row["vehicle_id"],
+                region=row["region"],
+                withdrawn=withdrawn,
+                withdrawal_seen=bool(row["withdrawal_seen"]),
+                paused_until_ms=row["paused_until_ms"],
+            )
 
     def _restore_job(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
         number = row["batch_no"]
@@ -365,17 +354,7 @@ class CellLoop:
             cause = f"{vehicle_id}/{message.incarnation}/{message.seq}"
             self.post(ev.VehicleReported(cause_id=cause, vehicle_id=vehicle_id, state=message))
             return
-        items = [item for item in message.items if len(item.checkpoint) <= MAX_CHECKPOINT_BYTES]
-        progress = ev.ProgressMade(
-            cause_id=f"{vehicle_id}/{message.lease_id}",
-            vehicle_id=vehicle_id,
-            lease_id=message.lease_id,
-            job_id=message.job_id,
-            lines=[item.line for item in items],
-            tokens=[item.tokens for item in items],
-            sizes=[len(item.checkpoint) for item in items],
-        )
-        self._post(Entry(event=progress, bodies=[item.checkpoint for item in items]))
+        self._post(progress_entry(vehicle_id, message))
 
     def _on_live(self, vehicle_id: str, data: bytes) -> None:
         if vehicle_id in self.enrolled:
@@ -384,9 +363,9 @@ class CellLoop:
     async def _on_work(self, messages: list[WorkMessage]) -> None:
         for message in messages:
             try:
-                entry = self._work_entry(message)
+                entry = work_entry(message) if message.vehicle_id in self.enrolled else None
             except Exception as error:  # noqa: BLE001 - no message can stop the cell
-                _log_foreign(f"work of {message.vehicle_id} cannot be understood and is dropped", error)
+                log_foreign(f"work of {message.vehicle_id} cannot be understood and is dropped", error)
                 entry = None
             if entry is None:
                 await message.acknowledge()  # nobody could ever use it
@@ -396,52 +375,6 @@ class CellLoop:
             self._room.clear()
             await self._room.wait()
 
-    def _work_entry(self, message: WorkMessage) -> Entry | None:
-        if message.vehicle_id not in self.enrolled:
-            return None
-        try:
-            work = wire.decode(wire.UP_WORK, message.data)
-        except MotorpoolError as error:
-            log.warning("%s sent work that is refused: %s", message.vehicle_id, error.code)
-            return None
-        cause = f"{message.vehicle_id}/{work.message_id}"
-        if isinstance(work, wire.Results):
-            good = [_is_one_line_of_json(item.body) for item in work.items]
-            event: ev.SchedulerEvent = ev.ResultsArrived(
-                cause_id=cause,
-                vehicle_id=message.vehicle_id,
-                lease_id=work.lease_id,
-                job_id=work.job_id,
-                message_id=work.message_id,
-                lines=[item.line for item in work.items],
-                statuses=[
-                    item.status if fits else _NOT_JSON.status for item, fits in zip(work.items, good, strict=True)
-                ],
-                prompt_tokens=[item.prompt_tokens for item in work.items],
-                completion_tokens=[item.completion_tokens for item in work.items],
-                cached_tokens=[item.cached_tokens for item in work.items],
-                carried_tokens=[item.carried_tokens for item in work.items],
-                energy_mwh=work.energy_mwh,
-            )
-            bodies = [item.body if fits else _NOT_JSON_BODY for item, fits in zip(work.items, good, strict=True)]
-            return Entry(event=event, bodies=bodies, message=message)
-        checkpoints = [
-            b"" if item.checkpoint is None or len(item.checkpoint) > MAX_CHECKPOINT_BYTES else item.checkpoint
-            for item in work.items
-        ]
-        returned = ev.WorkReturned(
-            cause_id=cause,
-            vehicle_id=message.vehicle_id,
-            lease_id=work.lease_id,
-            job_id=work.job_id,
-            reason=work.reason,
-            lines=[item.line for item in work.items],
-            tokens=[item.tokens if data else 0 for item, data in zip(work.items, checkpoints, strict=True)],
-            sizes=[len(data) for data in checkpoints],
-            started=[item.started for item in work.items],
-        )
-        return Entry(event=returned, bodies=checkpoints, message=message)
-
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
@@ -449,6 +382,7 @@ class CellLoop:
             await asyncio.sleep(TICK_MS / 1000)
             self.post(ev.Ticked(cause_id="tick"))
             self.desk.on_tick()
+            self.news.on_tick()
 
     async def _run(self) -> None:
         while True:
@@ -538,7 +472,7 @@ class CellLoop:
         """Give up an entry that cannot be committed; a lease that it was about ends by itself."""
         what = type(entry.event).__name__ if entry.event is not None else "a change"
         cause = entry.event.cause_id if entry.event is not None else "the API"
-        _log_foreign(f"{what} by {cause} cannot be committed and is dropped", error)
+        log_foreign(f"{what} by {cause} cannot be committed and is dropped", error)
         if entry.done is not None and not entry.done.done():
             entry.done.set_exception(StoreError("this could not be written down", code=UNWRITABLE))
         if entry.message is not None:
@@ -587,71 +521,22 @@ class CellLoop:
         """Write what changes the books; return the acts for after the commit."""
         acts: list[ev.Command] = []
         for command in commands:
-            match command:
-                case ev.SaveResults():
-                    self._save_results(db, command, entry)
-                case ev.SaveLease():
-                    books.save_lease(db, command)
-                case ev.SaveHeld():
-                    books.save_held(db, command)
-                case ev.DropLease():
-                    books.drop_lease(db, command.lease_id)
-                case ev.SaveJobCounts():
-                    books.add_job_counts(db, command)
-                case ev.SaveVehicleCounts():
-                    books.add_vehicle_counts(db, command)
-                case ev.PostTransfers():
-                    books.post_transfers(db, command.transfers, now_ms)
-                case ev.SaveCheckpoints():
-                    for line, tokens, shares, place in zip(
-                        command.lines, command.tokens, command.shares, command.picks, strict=True
-                    ):
-                        key = books.line_key(command.job_no, line)
-                        books.save_checkpoint(db, key, tokens, entry.bodies[place], shares)
-                case ev.SaveFailures():
-                    body = msgspec.json.encode({"code": command.code, "message": command.message})
-                    keys = [books.line_key(command.job_no, line) for line in command.lines]
-                    books.insert_results(db, [(key, 0, body, None, 0, 0, 0, 0) for key in keys])
-                    books.drop_checkpoints(db, keys)
-                case ev.SaveJobStatus():
-                    books.set_status(db, command.job_no, command.status, now_ms)
-                case ev.Note():
+            if isinstance(command, ev.Note):
+                if self.scheduler.may_tell(command.subject):
                     cause = entry.event.cause_id if entry.event is not None else "restart"
                     books.add_story(db, command.subject, now_ms, cause, command.what)
-                case _:
-                    acts.append(command)
+            elif not write(db, command, entry, now_ms):
+                acts.append(command)
+            elif isinstance(command, ev.PostTransfers):
+                self.news.paid(vehicle_of(each.credit) for each in command.transfers if each.kind == "earning")
         return acts
-
-    def _save_results(self, db: sqlite3.Connection, command: ev.SaveResults, entry: Entry) -> None:
-        event = entry.event
-        assert isinstance(event, ev.ResultsArrived)
-        high = command.job_no << books.LINE_BITS
-        picks = command.picks
-        keys = [high | event.lines[place] for place in picks]
-        books.insert_results(
-            db,
-            list(
-                zip(
-                    keys,
-                    [event.statuses[place] for place in picks],
-                    [entry.bodies[place] for place in picks],
-                    [command.vehicle_id] * len(picks),
-                    [event.prompt_tokens[place] for place in picks],
-                    [event.completion_tokens[place] for place in picks],
-                    command.carried_tokens,
-                    command.costs_micro,
-                    strict=True,
-                )
-            ),
-        )
-        books.drop_checkpoints(db, [high | line for line in command.with_checkpoint])
 
     def _perform(self, acts: list[ev.Command]) -> None:
         for act in acts:
             try:
                 self._perform_one(act)
             except Exception as error:  # noqa: BLE001 - it is in the books: a grant is sent again, a batch assembled
-                _log_foreign(f"{type(act).__name__} failed", error)
+                log_foreign(f"{type(act).__name__} failed", error)
 
     def _perform_one(self, act: ev.Command) -> None:
         match act:
@@ -660,6 +545,8 @@ class CellLoop:
             case ev.SendRevoke():
                 revoke = wire.Revoke(lease_id=act.lease_id, lines=act.lines, keep_running=act.keep_running)
                 self.send(act.vehicle_id, wire.encode(revoke))
+            case ev.SendOwnerNews():
+                self.news.tell(act.vehicle_id)
             case ev.AssembleFiles():
                 self._assemble(act.job_no)
             case _:
@@ -682,6 +569,10 @@ class CellLoop:
             model=act.model,
             ttl_ms=act.ttl_ms,
             items=items,
+            max_offline_ms=act.max_offline_ms,
+            pay_input_micro=act.pay_input_micro,
+            pay_output_micro=act.pay_output_micro,
+            customer_class=CUSTOMER_CLASS,
         )
         try:
             data = wire.encode(grant)
@@ -706,7 +597,7 @@ class CellLoop:
             try:
                 await assemble(self, batch_no)
             except Exception as error:  # noqa: BLE001 - a batch is never left without its end
-                _log_foreign(f"the files of batch {batch_no} could not be written yet", error)
+                log_foreign(f"the files of batch {batch_no} could not be written yet", error)
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, MAX_REWRITE_WAIT_S)
                 continue
@@ -731,21 +622,6 @@ def _started(row: sqlite3.Row, model: str, price: Price, index: books.LineIndex)
     )
 
 
-def _log_foreign(what: str, error: Exception) -> None:
-    # The text of a foreign error may hold a customer's data; its type and place do not.
-    log.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-
-
 def _is_outage(error: Exception) -> bool:
     """Whether the disk or the database is at fault, so that the same may work later."""
     return isinstance(error, OSError) or (isinstance(error, sqlite3.Error) and not isinstance(error, _OF_THE_ENTRY))
-
-
-def _is_one_line_of_json(body: bytes) -> bool:
-    """Whether an answer can stand in an output file, where every line is one JSON object in UTF-8."""
-    try:
-        _raw.decode(body)  # which does not look into strings
-        body.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return b"\n" not in body

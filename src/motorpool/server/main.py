@@ -151,7 +151,13 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
         await nats.start()
         urls = [nats.url]
     database = Database(database_path(data_dir))
-    cell = CellLoop(database=database, blobs=BlobStore(data_dir / "files"), catalogue=config.catalogue, clock=clock)
+    cell = CellLoop(
+        database=database,
+        blobs=BlobStore(data_dir / "files"),
+        catalogue=config.catalogue,
+        clock=clock,
+        currency=config.currency,
+    )
     sweep_blobs(cell)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -162,14 +168,15 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
             return
         await cell.start(link)
         key = admin_key(data_dir)
-        admin = Admin(cell, identity, config.vehicle_urls or urls, key, config.currency)
-        api = build_app(cell, ApiSettings())
+        base_url = f"http://{address(api_socket)}/v1"
+        admin = Admin(cell, identity, config.vehicle_urls or urls, key, config.currency, api_url=base_url)
+        api = build_app(cell, ApiSettings(currency=config.currency))
         servers = [serve(api, api_socket), serve(admin.app(), admin_socket)]
         api.resume()
         sweeping = asyncio.create_task(sweep(cell))
         on_ready(
             ServerReady(
-                base_url=f"http://{address(api_socket)}/v1",
+                base_url=base_url,
                 admin_url=f"http://{address(admin_socket)}",
                 admin_key=key,
                 nats_url=urls[0],

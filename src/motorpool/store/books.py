@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.core import events as ev
+from motorpool.core.attribution import Footprint
 from motorpool.core.ledger import Transfer, vehicle_of
 from motorpool.core.pricing import Price, Shares
+from motorpool.store.owners import DAY_MS, forget_owner
 
 LINE_BITS: Final = 32
 MAX_STORY_ENTRIES: Final = 2_000  # of one vehicle or job; the oldest go first
@@ -32,15 +34,16 @@ def line_key(batch_no: int, line: int) -> int:
     return batch_no << LINE_BITS | line
 
 
-ResultRow = tuple[int, int, bytes, str | None, int, int, int, int]
+ResultRow = tuple[int, int, bytes, str | None, int, int, int, int, int, int, int]
 
 
 def insert_results(db: sqlite3.Connection, rows: list[ResultRow]) -> None:
-    """Finished lines: (line_key, status, body, vehicle_id, prompt, completion, carried tokens, cost_micro).
+    """Finished lines: (line_key, status, body, vehicle_id, prompt, completion, carried tokens, cost_micro,
+    energy_uwh, energy_is_measured, co2_ug).
 
     A line that is there already raises sqlite3.IntegrityError: the books refuse to count it twice.
     """
-    db.executemany("INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    db.executemany("INSERT INTO result VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def drop_checkpoints(db: sqlite3.Connection, keys: Iterable[int]) -> None:
@@ -110,7 +113,8 @@ def add_job_counts(db: sqlite3.Connection, counts: ev.SaveJobCounts) -> None:
     db.execute(
         "UPDATE batch SET completed = completed + ?, failed = failed + ?, prompt_tokens = prompt_tokens + ?,"
         " cached_tokens = cached_tokens + ?, completion_tokens = completion_tokens + ?,"
-        " carried_tokens = carried_tokens + ?, cost_micro = cost_micro + ? WHERE batch_no = ?",
+        " carried_tokens = carried_tokens + ?, cost_micro = cost_micro + ?, energy_uwh = energy_uwh + ?,"
+        " measured_uwh = measured_uwh + ?, co2_ug = co2_ug + ? WHERE batch_no = ?",
         (
             counts.completed,
             counts.failed,
@@ -119,28 +123,40 @@ def add_job_counts(db: sqlite3.Connection, counts: ev.SaveJobCounts) -> None:
             counts.completion_tokens,
             counts.carried_tokens,
             counts.cost_micro,
+            counts.energy_uwh,
+            counts.measured_uwh,
+            counts.co2_ug,
             counts.job_no,
         ),
     )
 
 
-def add_vehicle_counts(db: sqlite3.Connection, counts: ev.SaveVehicleCounts) -> None:
-    """Add to the totals of a vehicle."""
+def add_vehicle_counts(db: sqlite3.Connection, counts: ev.SaveVehicleCounts, now_ms: int) -> None:
+    """Add to the totals of a vehicle, and to its day."""
     db.execute(
         "UPDATE vehicle SET lines_done = lines_done + ?, tokens_generated = tokens_generated + ?,"
         " tokens_handed_on = tokens_handed_on + ?, tokens_taken_over = tokens_taken_over + ?,"
-        " energy_mwh = energy_mwh + ? WHERE vehicle_id = ?",
+        " energy_uwh = energy_uwh + ?, co2_ug = co2_ug + ? WHERE vehicle_id = ?",
         (
             counts.lines_done,
             counts.tokens_generated,
             counts.tokens_handed_on,
             counts.tokens_taken_over,
-            counts.energy_mwh,
+            counts.energy_uwh,
+            counts.co2_ug,
             counts.vehicle_id,
         ),
     )
+    done = (counts.lines_done, counts.tokens_generated, counts.energy_uwh, counts.co2_ug)
+    db.execute(_DAY, (counts.vehicle_id, now_ms // DAY_MS, 0, *done))
 
 
+_DAY: Final = (
+    "INSERT INTO vehicle_day VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (vehicle_id, day) DO UPDATE SET"
+    " earned_micro = earned_micro + excluded.earned_micro, lines_done = lines_done + excluded.lines_done,"
+    " tokens_generated = tokens_generated + excluded.tokens_generated, energy_uwh = energy_uwh + excluded.energy_uwh,"
+    " co2_ug = co2_ug + excluded.co2_ug"
+)
 _STATUS_TIMES: Final = {
     "in_progress": "in_progress_ms",
     "finalizing": "finalizing_ms",
@@ -181,10 +197,10 @@ def post_transfers(db: sqlite3.Connection, transfers: list[Transfer], now_ms: in
         [(t.transfer_id, t.kind, t.debit, t.credit, t.amount_micro, t.reference, now_ms) for t in transfers],
     )
     # The sum is kept beside the transfers, which only ever grow.
-    db.executemany(
-        "UPDATE vehicle SET earned_micro = earned_micro + ? WHERE vehicle_id = ?",
-        [(t.amount_micro, vehicle_of(t.credit)) for t in transfers if t.kind == "earning"],
-    )
+    earned = [(t.amount_micro, vehicle_of(t.credit)) for t in transfers if t.kind == "earning"]
+    db.executemany("UPDATE vehicle SET earned_micro = earned_micro + ? WHERE vehicle_id = ?", earned)
+    day = now_ms // DAY_MS
+    db.executemany(_DAY, [(vehicle_id, day, amount, 0, 0, 0, 0) for amount, vehicle_id in earned])
 
 
 def balance_micro(db: sqlite3.Connection, account: str) -> int:
@@ -210,6 +226,11 @@ def add_story(db: sqlite3.Connection, subject: str, at_ms: int, cause_id: str, w
         )
 
 
+def drop_story(db: sqlite3.Connection, subject: str) -> None:
+    """Forget the story of a vehicle."""
+    db.execute("DELETE FROM story WHERE subject = ?", (subject,))
+
+
 def read_story(db: sqlite3.Connection, subject: str, limit: int) -> list[sqlite3.Row]:
     """The newest entries, oldest first."""
     rows = db.execute(
@@ -230,13 +251,26 @@ def next_epoch(db: sqlite3.Connection) -> int:
 
 
 def add_vehicle(db: sqlite3.Connection, vehicle_id: str, name: str, owner_key: str, now_ms: int) -> None:
-    """Enrol a vehicle, or enrol it again under the same id."""
+    """Enrol a vehicle, or enrol it again under the same id.
+
+    While its owner's key stays the same, so do the owner's words: enrolling again is no way around a withdrawal.
+    """
+    known = db.execute("SELECT owner_key, revoked_ms FROM vehicle WHERE vehicle_id = ?", (vehicle_id,)).fetchone()
+    if known is not None and known["revoked_ms"] is None:
+        owner_key = owner_key or known["owner_key"]
     db.execute(
         "INSERT INTO vehicle (vehicle_id, name, owner_key, enrolled_ms) VALUES (?, ?, ?, ?)"
         " ON CONFLICT (vehicle_id) DO UPDATE SET name = excluded.name, owner_key = excluded.owner_key,"
         " revoked_ms = NULL",
         (vehicle_id, name, owner_key, now_ms),
     )
+    if known is not None and owner_key != known["owner_key"]:
+        forget_owner(db, vehicle_id)
+
+
+def save_region(db: sqlite3.Connection, vehicle_id: str, region: str) -> None:
+    """Where a vehicle is, as coarsely as it says."""
+    db.execute("UPDATE vehicle SET region = ? WHERE vehicle_id = ?", (region, vehicle_id))
 
 
 def revoke_vehicle(db: sqlite3.Connection, vehicle_id: str, now_ms: int) -> bool:
@@ -354,23 +388,34 @@ def leases(db: sqlite3.Connection) -> list[ev.SaveLease]:
     ]
 
 
+class DoneLine(msgspec.Struct, frozen=True):
+    """A finished line as it goes into a customer's file; no footprint where no vehicle ran it."""
+
+    line: int
+    status: int
+    body: bytes
+    footprint: Footprint | None = None
+
+
 def results_between(
     db: sqlite3.Connection, batch_no: int, first: int, last: int, max_bytes: int
-) -> tuple[list[tuple[int, int, bytes]], int]:
-    """(line, status, body) of finished lines from ``first`` on, and the line before which they are complete.
+) -> tuple[list[DoneLine], int]:
+    """Finished lines from ``first`` on, and the line before which they are complete.
 
     That line is ``last``, or less if the bodies came to ``max_bytes`` before.
     """
     low, _ = _range(batch_no)
     cursor = db.execute(
-        "SELECT line_key, status, body FROM result WHERE line_key >= ? AND line_key < ? ORDER BY line_key",
+        "SELECT line_key, status, body, vehicle_id, energy_uwh, co2_ug, energy_is_measured FROM result"
+        " WHERE line_key >= ? AND line_key < ? ORDER BY line_key",
         (low + first, low + last),
     )
-    found: list[tuple[int, int, bytes]] = []
+    found: list[DoneLine] = []
     size = 0
     try:
-        for key, status, body in cursor:
-            found.append((key - low, status, body))
+        for key, status, body, vehicle_id, energy_uwh, co2_ug, measured in cursor:
+            footprint = Footprint(energy_uwh=energy_uwh, co2_ug=co2_ug, is_measured=bool(measured))
+            found.append(DoneLine(key - low, status, body, None if vehicle_id is None else footprint))
             size += len(body)
             if size >= max_bytes:
                 return found, key - low + 1

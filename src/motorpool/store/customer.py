@@ -85,6 +85,9 @@ class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int = 0
     carried_tokens: int = 0
     cost_micro: int = 0
+    energy_uwh: int = 0
+    measured_uwh: int = 0
+    co2_ug: int = 0
     in_progress_ms: int | None = None
     finalizing_ms: int | None = None
     completed_ms: int | None = None

@@ -17,7 +17,8 @@ from typing import Final
 
 from motorpool.errors import StorageFullError, StoreError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+SCHEMA_FILES: Final = ("schema.sql", "schema_2.sql")  # what leads to version 1, 2, ...
 BUSY_TIMEOUT_MS: Final = 5000
 
 
@@ -64,10 +65,10 @@ class Database:
                 f"{self.path.name} was written by a newer Motorpool (schema {version}, not {SCHEMA_VERSION}): "
                 "install that version or use another data folder"
             )
-        if version == 0:
-            for statement in statements(resources.files(__package__).joinpath("schema.sql").read_text("utf-8")):
+        for name in SCHEMA_FILES[version:]:
+            for statement in statements(resources.files(__package__).joinpath(name).read_text("utf-8")):
                 self.writer.execute(statement)
-            self.writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         self.writer.execute("COMMIT")
 
     def close(self) -> None:

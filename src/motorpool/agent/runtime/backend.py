@@ -24,3 +24,6 @@ class BackendRunner(Protocol):
 
     def cancel(self, keys: list[str]) -> None:
         """Stop attempts; each unfinished one answers Cancelled."""
+
+    def limit(self, slots: int) -> None:
+        """Run at most so many attempts at a time from now on; those that run beyond it come to their end."""

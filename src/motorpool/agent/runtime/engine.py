@@ -14,6 +14,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
+from motorpool.core.energy import Limits
 from motorpool.types import Kind, Usage
 from motorpool.wire import Delta
 
@@ -108,8 +109,17 @@ class Engine(Protocol):
     def kill(self) -> None:
         """End the engine at once and give its memory back; works on a frozen one. No Died event follows."""
 
+    def limit(self, limits: Limits) -> None:
+        """Hold it to less, or let it have more again.
+
+        Duty cycle and slots take effect at once, on a running engine as well; threads and memory when it loads.
+        """
+
     def busy_ms(self) -> int:
         """Milliseconds of engine time spent on loading and on attempts since the start (slot-seconds by slots)."""
+
+    def cpu_ms(self) -> int:
+        """Processor time that its process has used since the start, by the kernel's count; after its end the last."""
 
     async def close(self) -> None:
         """Kill and release everything."""

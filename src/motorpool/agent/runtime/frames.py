@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from motorpool.agent.runtime.engine import Cancelled, Finished, Progressed, Ready, Work
+from motorpool.agent.runtime.limits import Confine
 from motorpool.agent.runtime.spec import EngineSpec
 from motorpool.errors import EngineError
 
@@ -24,12 +25,16 @@ MAX_WORK_BYTES: Final = 64 * 1024 * 1024  # of bodies and checkpoints in a frame
 MAX_EVENTS_PER_FRAME: Final = 512
 _HEADER_BYTES: Final = 4
 _UNTIL_S: Final = struct.Struct("d")
+_CUT: Final = struct.Struct("?")  # behind it
+_LIFELINE_BYTES: Final = _UNTIL_S.size + _CUT.size
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To the engine: what to be. The first message."""
+    """To the engine: what to be, and what to hold itself to. The first message."""
 
     spec: EngineSpec
+    slots: int
+    confine: Confine = Confine()
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -44,6 +49,16 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     keys: list[str]
 
 
+class Limit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the engine: how many attempts it may run at a time from now on."""
+
+    slots: int
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the engine: it will end with its agent, also when it is stopped. Its first message."""
+
+
 class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From the engine: why it cannot go on. Its process ends after this."""
 
@@ -51,8 +66,8 @@ class Broken(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     code: str
 
 
-ToEngine = Load | Submit | Cancel
-FromEngine = Ready | Progressed | Finished | Cancelled | Broken
+ToEngine = Load | Submit | Cancel | Limit
+FromEngine = Begun | Ready | Progressed | Finished | Cancelled | Broken
 TO_ENGINE: Final = msgspec.msgpack.Decoder(ToEngine)
 FROM_ENGINE: Final = msgspec.msgpack.Decoder(list[FromEngine])
 _encoder = msgspec.msgpack.Encoder()
@@ -129,21 +144,21 @@ class Unpacker:
 
 
 class Lifeline:
-    """One number that both processes see: until when the engine may go on without a word from its agent.
+    """One number that all sides see: until when the engine may go on without a word from its agent.
 
     It lies in shared memory and is no message, because an engine that is frozen or gets no processor time reads none,
-    and must not take that for silence. Its clock is the same in both processes, and stands still while the machine
-    sleeps.
+    and must not take that for silence. Its clock is the same in all processes, and stands still while the machine
+    sleeps. Beside it stands whether the engine was ended for silence: who is killed cannot say so.
     """
 
     def __init__(self, descriptor: int) -> None:
-        self._page = mmap.mmap(descriptor, _UNTIL_S.size)
+        self._page = mmap.mmap(descriptor, _LIFELINE_BYTES)
 
     @staticmethod
     def make() -> int:
         """A descriptor of a new one, for both ends; the caller closes it when both have it."""
         descriptor = os.memfd_create("motorpool-lifeline")
-        os.ftruncate(descriptor, _UNTIL_S.size)
+        os.ftruncate(descriptor, _LIFELINE_BYTES)
         return descriptor
 
     def extend(self, seconds: float) -> None:
@@ -155,6 +170,15 @@ class Lifeline:
         """Has the time run out."""
         until_s: float = _UNTIL_S.unpack_from(self._page)[0]
         return time.monotonic() > until_s
+
+    def cut(self) -> None:
+        """Whoever is about to end the engine for silence says so here first."""
+        _CUT.pack_into(self._page, _UNTIL_S.size, True)
+
+    @property
+    def was_cut(self) -> bool:
+        """Was the engine ended for silence."""
+        return bool(_CUT.unpack_from(self._page, _UNTIL_S.size)[0])
 
     def close(self) -> None:
         """Let go of this end."""

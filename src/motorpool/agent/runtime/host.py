@@ -1,10 +1,21 @@
-"""The engine's process: ``python -m motorpool.agent.runtime.host FD PARENT LIFELINE``.
+"""The engine's process: ``python -m motorpool.agent.runtime.host FD PARENT LIFELINE [SILENCE_S [HOME GROUP]]``.
 
 Decides: nothing but when to end, which is at once when its parent is gone. Must not: outlive its parent, leave a core
 dump, take the processor from anybody, open a port, write requests or answers anywhere but to its parent.
-Called by: ``hosted``, with one end of a socket pair, the parent's process id and the descriptor of a lifeline.
+Called by: ``hosted``, with one end of a socket pair, the parent's process id, the descriptor of a lifeline, the silence
+that ends it, and the control groups of the agent and of this engine where it has one.
 
 Events leave in the turn of the loop in which they came up; what is in the socket survives a freeze and a kill.
+
+An agent that hangs can stop nobody, so somebody else must look. Within the engine nobody always can: while llama.cpp
+loads a model no thread of Python runs, an engine of idle priority gets no time on a busy machine, and one that rests in
+its duty cycle or is frozen is stopped with all its threads. A timer of the kernel that kills unless it is put off would
+have to be put off by just such a thread. So the process forks once, before it loads anything: the watcher shares the
+lifeline, and a few megabytes of pages that both have written to are its own; it looks some twenty times a second, at
+normal priority, in its own session and in the agent's control group, so that nothing which stops the engine stops it.
+The kernel tells it of the engine's end, which is its own. If the agent is gone or hangs just then, nobody else removes
+what the engine had of the machine, its folder in memory and its control group: the watcher does so before it ends.
+Should it be gone alone, a thread of the engine still looks.
 """
 
 from __future__ import annotations
@@ -12,8 +23,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -27,22 +40,27 @@ import uvloop
 from motorpool.agent.runtime import frames
 from motorpool.agent.runtime.backend import BackendRunner, Emit
 from motorpool.agent.runtime.engine import EXIT_SILENCE, Died, EngineEvent
+from motorpool.agent.runtime.limits import FOLDER_PREFIX, confine, idle_disk
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.errors import MotorpoolError, SetupError
 
 MAX_FILE_BYTES: Final = 8 * 1024 * 1024  # of anything that this process writes: the log
 EXIT_ORPHAN: Final = 3
 EXIT_BROKEN: Final = 4
-LOOKS_A_SILENCE: Final = 10
+LOOKS_A_SILENCE: Final = 12
 LOOKS_TO_BE_SURE: Final = 3
+REMOVE_AGAIN_S: Final = 0.01  # a control group that something still leaves
+REMOVE_TIMES: Final = 100
+_FIRST_FREE_FD: Final = 3
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_NAME: Final = 15
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; end now if the parent has already changed."""
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel end this process when its parent ends; end now if the parent has already changed."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise SetupError(f"prctl failed: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != parent:
         os._exit(EXIT_ORPHAN)
@@ -65,6 +83,7 @@ def step_back(*, idle_priority: bool) -> None:
         os.nice(19)
         with contextlib.suppress(PermissionError):  # some containers forbid it; the nice value stands
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        idle_disk()
         if os.getsid(0) == os.getpid():  # the group is ours alone
             with contextlib.suppress(OSError):  # a kernel without autogroup
                 Path("/proc/self/autogroup").write_bytes(b"19")
@@ -82,12 +101,15 @@ class Host(asyncio.Protocol):
         self._backend: BackendRunner | None = None
         self._loading: asyncio.Task[None] | None = None
         self._out: list[frames.FromEngine] = []
+        self._slots = 1
         self.over = asyncio.Event()
         self.exit_code = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember where to write to."""
+        """Remember where to write to, and say that this process can be left alone."""
         self._transport = cast("asyncio.Transport", transport)
+        self._out.append(frames.Begun())
+        self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # whatever the cause, the parent is gone
         """The parent has closed its end."""
@@ -107,10 +129,16 @@ class Host(asyncio.Protocol):
     def _take(self, message: frames.ToEngine) -> None:
         if isinstance(message, frames.Load):
             # The null engine computes next to nothing; what is measured through it is everything else.
+            confine(message.confine)
             step_back(idle_priority=message.spec.idle_priority and message.spec.backend is not Backend.NULL)
             if message.spec.silence_s > 0:
                 end_in_silence(self._lifeline, message.spec.silence_s)
+            self._slots = message.slots
             self._loading = asyncio.ensure_future(self._load(message.spec))
+        elif isinstance(message, frames.Limit):
+            self._slots = message.slots
+            if self._backend is not None:
+                self._backend.limit(message.slots)
         elif self._backend is None:
             raise AssertionError("the agent's side sends Load first")
         elif isinstance(message, frames.Submit):
@@ -121,6 +149,7 @@ class Host(asyncio.Protocol):
     async def _load(self, spec: EngineSpec) -> None:
         try:
             self._backend = make_backend(spec, self.emit)
+            self._backend.limit(self._slots)
             self.emit([await self._backend.load()])
         except MotorpoolError as error:
             self._break(error.message, error.code)
@@ -142,22 +171,112 @@ class Host(asyncio.Protocol):
             self._transport.write(data)
 
 
-def end_in_silence(lifeline: frames.Lifeline, silence_s: float) -> None:
-    """Watch in a thread that the agent still lets this process go on, and end it when it does not.
+def wait_for_silence(lifeline: frames.Lifeline, silence_s: float) -> None:
+    """Return when the agent has not let the engine go on in time, and have the lifeline say so.
 
     One look is not enough: after a time in which the whole machine stood still the agent needs a moment to say so.
-    While llama.cpp loads a model no thread of Python can look; that silence is noticed when it has loaded.
     """
-    tick_s = silence_s / LOOKS_A_SILENCE
+    over = 0
+    while over < LOOKS_TO_BE_SURE:
+        time.sleep(silence_s / LOOKS_A_SILENCE)
+        over = over + 1 if lifeline.over else 0
+    lifeline.cut()
+
+
+def end_in_silence(lifeline: frames.Lifeline, silence_s: float) -> None:
+    """Watch in a thread that the agent still lets this process go on, and end it when it does not."""
 
     def watch() -> None:
-        over = 0
-        while over < LOOKS_TO_BE_SURE:
-            time.sleep(tick_s)
-            over = over + 1 if lifeline.over else 0
+        wait_for_silence(lifeline, silence_s)
         os._exit(EXIT_SILENCE)
 
     threading.Thread(target=watch, name="silence", daemon=True).start()
+
+
+class _Told(BaseException):
+    """SIGTERM has come: the engine has ended, or this process is to end."""
+
+
+def _tell(*_: object) -> None:
+    raise _Told
+
+
+def _began(pid: int) -> str:
+    """When a process began, which with its number names it for ever; empty for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rsplit(")", 1)[1].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_gone(engine: int) -> bool:
+    """Whether the parent has ended. The kernel tells of the end of its first thread; the others take a moment more."""
+    for _ in range(REMOVE_TIMES):
+        if os.getppid() != engine:
+            return True
+        time.sleep(REMOVE_AGAIN_S)
+    return False
+
+
+def _clear_up(groups: list[Path]) -> None:
+    """Remove what an engine that has ended had of the machine. What is still in use is left for the next agent."""
+    folder = Path(os.environ.get("TMPDIR", ""))
+    if folder.name.startswith(FOLDER_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
+    for group in groups[1:]:
+        for _ in range(REMOVE_TIMES):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+            if not group.exists():
+                break
+            time.sleep(REMOVE_AGAIN_S)
+
+
+def fork_watcher(lifeline: frames.Lifeline, silence_s: float, agent: int, groups: list[Path]) -> None:
+    """Have a process beside this one that ends it in silence. To be called before there are threads.
+
+    ``groups`` are the control groups of the agent and of this engine, if there are any. Returns when nothing that stops
+    the engine stops the watcher any more; raises SetupError if there will be none.
+    """
+    engine, began = os.getpid(), _began(agent)
+    ours, theirs = os.pipe()
+    gc.freeze()  # so that the collector of neither writes to pages that both share
+    if os.fork() > 0:
+        os.close(theirs)
+        watched = os.read(ours, 1)
+        os.close(ours)
+        if not watched:
+            raise SetupError("the engine has nobody who watches over it")
+        return
+    hangs = False
+    try:
+        signal.signal(signal.SIGTERM, _tell)
+        die_with(engine, signal.SIGTERM)
+        os.setsid()
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"motorpool-watch", 0, 0, 0)
+        leave_no_core_dump()
+        for home in groups[:1]:
+            try:
+                (home / "cgroup.procs").write_bytes(b"0")
+            except OSError:  # then it is frozen with the engine, looks when that goes on, and could hear nothing before
+                die_with(engine)
+        os.write(theirs, b"!")
+        os.closerange(_FIRST_FREE_FD, os.sysconf("SC_OPEN_MAX"))  # the agent waits for the end of the engine's socket
+        wait_for_silence(lifeline, silence_s)
+        hangs = True
+        os.killpg(engine, signal.SIGKILL)
+        for group in groups[1:]:
+            with contextlib.suppress(OSError):  # an older kernel; the process group is all there is
+                (group / "cgroup.kill").write_bytes(b"1")
+        while True:  # until the kernel tells of its end
+            time.sleep(REMOVE_AGAIN_S)
+    except _Told:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if _is_gone(engine) and (hangs or _began(agent) != began):
+            _clear_up(groups)
+    finally:
+        os._exit(0)
 
 
 def make_backend(spec: EngineSpec, emit: Emit) -> BackendRunner:
@@ -175,11 +294,11 @@ def make_backend(spec: EngineSpec, emit: Emit) -> BackendRunner:
     return NullBackend(spec, emit)
 
 
-async def serve(fd: int, lifeline_fd: int) -> int:
+async def serve(fd: int, lifeline: frames.Lifeline) -> int:
     """Serve one parent until it is gone; return the exit code."""
     end = socket.socket(fileno=fd)
     end.setblocking(False)
-    host = Host(frames.Lifeline(lifeline_fd))
+    host = Host(lifeline)
     await asyncio.get_running_loop().create_unix_connection(lambda: host, sock=end)
     await host.over.wait()
     return host.exit_code
@@ -187,10 +306,14 @@ async def serve(fd: int, lifeline_fd: int) -> int:
 
 def main(arguments: list[str]) -> None:
     """Run until the parent is gone. Leaves without joining threads: they may be deep inside a model."""
-    fd, parent, lifeline_fd = (int(argument) for argument in arguments)
+    fd, parent, lifeline_fd = (int(argument) for argument in arguments[:3])
+    silence_s = float(arguments[3]) if len(arguments) > 3 else 0.0
     die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
-    code = uvloop.run(serve(fd, lifeline_fd))
+    lifeline = frames.Lifeline(lifeline_fd)
+    if silence_s > 0:
+        fork_watcher(lifeline, silence_s, parent, [Path(argument) for argument in arguments[4:]])
+    code = uvloop.run(serve(fd, lifeline))
     os._exit(code)
 
 

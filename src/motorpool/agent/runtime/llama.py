@@ -33,6 +33,7 @@ class LlamaBackend:
         self._spec = spec
         self._emit = emit
         self._loop = asyncio.get_running_loop()
+        self._slots = spec.slots
         self._threads = ThreadPoolExecutor(max_workers=spec.slots, thread_name_prefix="slot")
         self._model: Model | None = None
         self._queue: deque[Work] = deque()
@@ -64,8 +65,13 @@ class LlamaBackend:
         for key in wanted & self._running.keys():
             self._running[key].cancelled = True
 
+    def limit(self, slots: int) -> None:
+        """Have fewer attempts at a time, or more again."""
+        self._slots = max(1, min(slots, self._spec.slots))
+        self._fill()
+
     def _fill(self) -> None:
-        while self._model is not None and self._queue and len(self._running) < self._spec.slots:
+        while self._model is not None and self._queue and len(self._running) < self._slots:
             work = self._queue.popleft()
             run = Run(self._model, work, self._post)
             self._running[work.key] = run
@@ -127,11 +133,18 @@ def _serve(spec: EngineSpec, file: IO[bytes], digest: str) -> Model:
     except RuntimeError as error:
         folder.remove()
         raise EngineError(
-            f"llama.cpp cannot load the model file {spec.model_path}; "
+            f"llama.cpp cannot load the model file {spec.model_path}{_within(spec)}; "
             f"fetch it with: motorpool models pull {spec.model} --force"
         ) from error
     name = fingerprint("llama.cpp", xllamacpp.__version__, digest, platform.machine(), *_instructions())
     return Model(spec=spec, server=server, socket=folder.hide(), fingerprint=name)
+
+
+def _within(spec: EngineSpec) -> str:
+    """What else than the file can be at fault."""
+    if spec.memory_bytes <= 0:
+        return ""
+    return f", or cannot do so in {spec.memory_bytes} bytes of memory: allow more, or take a smaller model"
 
 
 def _parameters(params: Any, spec: EngineSpec, socket_path: str) -> Any:

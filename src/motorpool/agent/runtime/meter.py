@@ -11,18 +11,22 @@ from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished
 
 
 class BusyMeter:
-    """Adds up slot-seconds. An engine runs as many attempts as it has slots, so what it holds says how busy it is.
+    """Adds up the parts of its slots that an engine has in use. What it holds says how busy it is.
 
-    An engine that loads its model works as hard as one with all slots taken.
+    An engine that loads its model works as hard as one with all slots taken; so does one that is held to fewer slots
+    and has all of these taken. While it is paused nothing counts, and of the time in which the kernel holds it to a
+    share of the processor only that share.
     """
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._held = 0
-        self._slot_s = 0.0
+        self._busy_s = 0.0
         self._since_s = time.monotonic()
         self._running = False
         self._loading = False
+        self._paused = False
+        self._share = 1.0
 
     def load(self) -> None:
         """The engine loads from now on, until it runs or stops."""
@@ -38,6 +42,18 @@ class BusyMeter:
         """The engine computes no more: frozen, dead or not ready."""
         self._settle()
         self._running = self._loading = False
+
+    def pause(self, *, paused: bool) -> None:
+        """The engine is stopped where it is, or goes on with what it did."""
+        if paused != self._paused:
+            self._settle()
+            self._paused = paused
+
+    def hold_to(self, *, slots: int, share: float) -> None:
+        """The engine has so many slots from now on, and this share of the time."""
+        self._settle()
+        self._slots = max(1, slots)
+        self._share = share
 
     def add(self, attempts: int) -> None:
         """The engine holds more attempts, or fewer if negative."""
@@ -58,10 +74,11 @@ class BusyMeter:
     def busy_ms(self) -> int:
         """Slot-seconds divided by the slots, in milliseconds, since the start."""
         self._settle()
-        return int(self._slot_s / self._slots * 1000)
+        return int(self._busy_s * 1000)
 
     def _settle(self) -> None:
         now_s = time.monotonic()
-        busy = self._slots if self._loading else min(self._held, self._slots) if self._running else 0
-        self._slot_s += (now_s - self._since_s) * busy
+        if not self._paused:
+            busy = 1.0 if self._loading else min(self._held / self._slots, 1.0) if self._running else 0.0
+            self._busy_s += (now_s - self._since_s) * busy * self._share
         self._since_s = now_s

@@ -19,6 +19,7 @@ from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished, OnE
 from motorpool.agent.runtime.meter import BusyMeter
 from motorpool.agent.runtime.null_answer import Plan, Quick
 from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.core.energy import Limits
 from motorpool.errors import EngineError, MotorpoolError
 from motorpool.wire import Delta
 
@@ -33,6 +34,7 @@ class NullBackend:
     def __init__(self, spec: EngineSpec, emit: Emit) -> None:
         self._spec = spec
         self._emit = emit
+        self._slots = spec.slots
         self._quick = Quick(spec)
         self._queue: deque[Work] = deque()
         self._running: dict[str, _Run] = {}
@@ -65,6 +67,11 @@ class NullBackend:
         if queued:
             self._queue = deque(work for work in self._queue if work.key not in wanted)
         self._emit([Cancelled(key=key) for key in gone + queued])
+        self._wake(0)
+
+    def limit(self, slots: int) -> None:
+        """Have fewer attempts at a time, or more again."""
+        self._slots = max(1, min(slots, self._spec.slots))
         self._wake(0)
 
     def freeze(self) -> None:
@@ -149,7 +156,7 @@ class NullBackend:
 
     def _fill(self, events: list[EngineEvent]) -> None:
         """Start queued attempts in free slots."""
-        while self._queue and len(self._running) < self._spec.slots:
+        while self._queue and len(self._running) < self._slots:
             work = self._queue.popleft()
             run = self._begin(work, self._clock_s)
             if isinstance(run, Finished):
@@ -228,6 +235,7 @@ class InlineNullEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
+        self._limits: Limits | None = None
         self._backend: NullBackend | None = None
         self._on_events: OnEvents | None = None
         self._meter = BusyMeter(spec.slots)
@@ -240,6 +248,8 @@ class InlineNullEngine:
         self._backend, self._on_events = backend, on_events
         self._meter = BusyMeter(self._spec.slots)
         self._meter.run()
+        if self._limits is not None:
+            self.limit(self._limits)
         on_events([await backend.load()])
 
     def submit(self, work: list[Work]) -> None:
@@ -274,9 +284,20 @@ class InlineNullEngine:
             self._on_events = None
             self._meter.clear()
 
+    def limit(self, limits: Limits) -> None:
+        """Have fewer slots, or more again. There is no process to hold to the rest, and nothing that computes."""
+        self._limits = limits
+        if self._backend is not None:
+            self._backend.limit(limits.slots)
+            self._meter.hold_to(slots=max(1, min(limits.slots, self._spec.slots)), share=1.0)
+
     def busy_ms(self) -> int:
         """Slot-seconds spent on attempts, divided by the slots."""
         return self._meter.busy_ms()
+
+    def cpu_ms(self) -> int:
+        """None of its own: it runs in the caller's process and computes next to nothing."""
+        return 0
 
     async def close(self) -> None:
         """Kill."""

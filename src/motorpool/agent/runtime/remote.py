@@ -57,6 +57,7 @@ class RemoteBackend:
             read_bufsize=READ_BYTES,
         )
         self._fingerprint = answer.fingerprint("remote", spec.url, spec.remote_model or spec.model)
+        self._slots = spec.slots
         self._queue: deque[Work] = deque()
         self._running: dict[str, asyncio.Task[None]] = {}
 
@@ -91,8 +92,13 @@ class RemoteBackend:
         for key in wanted & self._running.keys():
             self._running[key].cancel()
 
+    def limit(self, slots: int) -> None:
+        """Have fewer requests at a time, or more again."""
+        self._slots = max(1, min(slots, self._spec.slots))
+        self._fill()
+
     def _fill(self) -> None:
-        while self._queue and len(self._running) < self._spec.slots:
+        while self._queue and len(self._running) < self._slots:
             work = self._queue.popleft()
             task = asyncio.ensure_future(self._run(work))
             self._running[work.key] = task

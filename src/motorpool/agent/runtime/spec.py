@@ -33,9 +33,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     process. ``log_path`` takes what llama.cpp says on stderr; it is dropped if None. ``idle_priority`` lets every
     other process of the machine go first, to the point of getting nothing where others want every core; that is what a
     vehicle's computer needs. Several simulated vehicles on one computer share it fairly without. The null engine has
-    nothing to give way with. An engine process that its agent has not let go on for ``silence_s`` ends itself: an agent
-    that hangs cannot stop it any more. The agent takes it from the time that a permit holds; 0 is for engines that no
-    agent watches over, as in measurements.
+    nothing to give way with. ``memory_bytes`` is the most that the process may take, 0 for no limit. An engine process
+    that its agent has not let go on for ``silence_s`` is ended: an agent that hangs cannot stop it any more. The agent
+    takes it from how often its guard looks; 0 is for engines that no agent watches over, as in measurements.
     """
 
     backend: Backend
@@ -54,3 +54,4 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     log_path: str | None = None
     idle_priority: bool = True
     silence_s: float = 0.0
+    memory_bytes: int = 0

@@ -9,6 +9,7 @@ import hmac
 import re
 from collections.abc import Awaitable, Callable
 from typing import Final
+from urllib.parse import urlencode
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,10 +18,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from motorpool import wire
+from motorpool.core.attribution import UWH_PER_MWH
 from motorpool.errors import AuthenticationError, CallerError, MotorpoolError, NotFoundError
-from motorpool.server.admin.views import BatchView, StatusView, StoryEntry, VehicleView
+from motorpool.server.admin.views import BatchView, OwnerLink, StatusView, StoryEntry, VehicleView
 from motorpool.server.loop import CellLoop
-from motorpool.store import books
+from motorpool.server.owner.sessions import CODE_MS, new_code
+from motorpool.store import books, owners
 from motorpool.trust.credentials import CellIdentity
 
 RECENT_BATCHES: Final = 20
@@ -45,8 +48,11 @@ def json_response(value: object, status: int = 200) -> Response:
 class Admin:
     """The handlers; each needs the operator's key."""
 
-    def __init__(self, cell: CellLoop, identity: CellIdentity, urls: list[str], key: str, currency: str) -> None:
+    def __init__(
+        self, cell: CellLoop, identity: CellIdentity, urls: list[str], key: str, currency: str, *, api_url: str = ""
+    ) -> None:
         self._cell = cell
+        self._api_url = api_url  # where owners reach the cell, as it stands in their links
         self._identity = identity
         self._urls = urls
         self._key = key.encode()
@@ -60,6 +66,7 @@ class Admin:
             ("/v1/vehicles", self.enrol, "POST"),
             ("/v1/vehicles/{vehicle_id}", self.vehicle, "GET"),
             ("/v1/vehicles/{vehicle_id}", self.revoke, "DELETE"),
+            ("/v1/vehicles/{vehicle_id}/owner-link", self.owner_link, "POST"),
             ("/v1/vehicles/{vehicle_id}/story", self.story, "GET"),
             ("/v1/batches/{vehicle_id}/story", self.story, "GET"),
         ]
@@ -102,13 +109,23 @@ class Admin:
                     lines_done=row["lines_done"],
                     tokens_handed_on=row["tokens_handed_on"],
                     tokens_taken_over=row["tokens_taken_over"],
-                    energy_mwh=row["energy_mwh"],
+                    energy_mwh=row["energy_uwh"] // UWH_PER_MWH,
                     energy_is_measured=state.energy_is_measured if state else False,
                     earned_micro=row["earned_micro"],
                     soc_pct=state.soc_pct if state else None,
                     plugged=state.plugged if state else None,
                     seen_ms_ago=now - known.seen_ms if known is not None and known.seen_ms else None,
                     leases=len(known.leases) if known is not None else 0,
+                    tier=state.tier.value if state and state.permit_w else None,
+                    battery_fed=state.battery_fed if state else False,
+                    stay_bound_ms=state.stay_bound_ms if state else None,
+                    risk_15min=state.risk_15min if state else None,
+                    region=row["region"],
+                    energy_uwh=row["energy_uwh"],
+                    co2_ug=row["co2_ug"],
+                    owner_known=bool(row["owner_key"]),
+                    withdrawn=row["withdrawn_ms"] is not None,
+                    paused_until_ms=row["paused_until_ms"] if row["paused_until_ms"] > now else None,
                 )
             )
         return views
@@ -186,7 +203,18 @@ class Admin:
             lambda db: books.add_vehicle(db, new.vehicle_id, new.name or new.vehicle_id, new.owner_key, now)
         )
         self._cell.enrolled.add(new.vehicle_id)
+        if new.vehicle_id in self._cell.scheduler.vehicles:  # with another owner, whose word counts from now on
+            await self._cell.owner_spoke(new.vehicle_id, "enrolled again", cause="operator")
         return json_response(credentials, 201)
+
+    async def owner_link(self, request: Request) -> Response:
+        """POST /v1/vehicles/ID/owner-link: a link by which the owner's device registers its key; shown once."""
+        vehicle_id = wire.check_id(request.path_params["vehicle_id"], "vehicle_id")
+        code, digest = new_code()
+        expires_ms = self._cell.now_ms() + CODE_MS
+        await self._cell.write(lambda db: owners.add_code(db, digest, vehicle_id, expires_ms))
+        link = "motorpool://enrol?" + urlencode({"api": self._api_url, "vehicle": vehicle_id, "code": code})
+        return json_response(OwnerLink(link=link, code=code, expires_ms=expires_ms), 201)
 
     async def revoke(self, request: Request) -> Response:
         """DELETE /v1/vehicles/ID: the vehicle gets no more work and nothing that it sends is accepted."""

@@ -35,6 +35,24 @@ class VehicleView(msgspec.Struct, frozen=True, kw_only=True):
     plugged: bool | None
     seen_ms_ago: int | None
     leases: int
+    tier: str | None = None  # of its permit
+    battery_fed: bool = False
+    stay_bound_ms: int | None = None  # it stays for so long at least, with nine chances of ten
+    risk_15min: float | None = None
+    region: str = ""
+    energy_uwh: int = 0
+    co2_ug: int = 0
+    owner_known: bool = False  # an owner's key is registered
+    withdrawn: bool = False  # the owner has withdrawn the consent: it gets no work
+    paused_until_ms: int | None = None
+
+
+class OwnerLink(msgspec.Struct, frozen=True, kw_only=True):
+    """What an owner's device needs to register its key, once: as a link or a QR code. Secret until it is used."""
+
+    link: str
+    code: str
+    expires_ms: int
 
 
 class BatchView(msgspec.Struct, frozen=True, kw_only=True):

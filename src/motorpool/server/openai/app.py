@@ -1,5 +1,5 @@
 """The OpenAI-compatible API as one ASGI application: finds the route, checks the key, turns every failure into an error
-in OpenAI's envelope.
+in OpenAI's envelope. The owners' routes, which have keys of their own, are served beside it.
 
 Written against ASGI itself: a chat completion passes no framework on its way. Must not: log a body, a key or a prompt.
 
@@ -26,6 +26,7 @@ from motorpool.server.openai.live import LiveRoutes
 from motorpool.server.openai.models import ModelRoutes
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.server.openai.validation import Validation
+from motorpool.server.owner.routes import OwnerRoutes
 
 Handler = Callable[[Exchange, str], Awaitable[None]]
 _log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Api:
         files = FileRoutes(self._cell, settings)
         batches = BatchRoutes(self._cell, settings, self.validation)
         models = ModelRoutes(self._cell)
+        owner = OwnerRoutes(self._cell, settings.currency)
         return [
             Route("POST", "/v1/chat/completions", live.chat),
             Route("POST", "/v1/completions", live.completion),
@@ -82,6 +84,14 @@ class Api:
             Route("GET", "/v1/batches", batches.page),
             Route("GET", "/v1/batches/{batch_id}", batches.show),
             Route("POST", "/v1/batches/{batch_id}/cancel", batches.cancel),
+            Route("POST", "/v1/owner/enrol", owner.enrol, needs_key=False),
+            Route("POST", "/v1/owner/challenge", owner.challenge, needs_key=False),
+            Route("POST", "/v1/owner/token", owner.token, needs_key=False),
+            Route("GET", "/v1/owner/vehicles/{vehicle_id}", owner.show, needs_key=False),
+            Route("POST", "/v1/owner/vehicles/{vehicle_id}/consent", owner.consent, needs_key=False),
+            Route("POST", "/v1/owner/vehicles/{vehicle_id}/pause", owner.pause, needs_key=False),
+            Route("POST", "/v1/owner/vehicles/{vehicle_id}/need-car", owner.need_car, needs_key=False),
+            Route("POST", "/v1/owner/vehicles/{vehicle_id}/resume", owner.resume, needs_key=False),
             Route("GET", "/healthz", _health, needs_key=False),
         ]
 

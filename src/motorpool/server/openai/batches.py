@@ -13,11 +13,13 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Raw
 
+from motorpool.core.attribution import Footprint
 from motorpool.errors import CallerError, NotFoundError
 from motorpool.server.cell import Cell
 from motorpool.server.openai.decoding import decode
 from motorpool.server.openai.exchange import Exchange
 from motorpool.server.openai.files import page_limit
+from motorpool.server.openai.footprints import ShownFootprint, shown
 from motorpool.server.openai.requests import Metadata
 from motorpool.server.openai.settings import (
     MAX_BATCHES_PAGE,
@@ -85,13 +87,14 @@ class OutputDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the finished lines."""
+    """Tokens of the finished lines, and what vehicles drew for them."""
 
     input_tokens: int
     input_tokens_details: InputDetails
     output_tokens: int
     output_tokens_details: OutputDetails = OutputDetails()
     total_tokens: int
+    motorpool: ShownFootprint
 
 
 class BatchExtra(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +170,13 @@ def batch_object(row: BatchRow, vehicles: int) -> BatchObject:
             input_tokens_details=InputDetails(cached_tokens=row.cached_tokens),
             output_tokens=row.completion_tokens,
             total_tokens=row.prompt_tokens + row.completion_tokens,
+            motorpool=shown(
+                Footprint(
+                    energy_uwh=row.energy_uwh,
+                    co2_ug=row.co2_ug,
+                    is_measured=row.measured_uwh == row.energy_uwh > 0,
+                )
+            ),
         ),
         metadata=None if row.metadata is None else Raw(row.metadata.encode()),
         motorpool=BatchExtra(carried_tokens=row.carried_tokens, cost_micro=row.cost_micro, vehicles=vehicles),

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
+from motorpool.core.attribution import Footprint
+from motorpool.server.openai.footprints import NAME, shown
 from motorpool.types import Kind, Usage
 from motorpool.wire import Delta
 
@@ -91,9 +93,12 @@ class Chunks:
                 self._finish(events, delta.index, delta.finish_reason)
         return b"".join(events)
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: Usage, footprint: Footprint | None = None) -> bytes:
         """The last chunk of a stream with ``include_usage``: no choices, the tokens of the whole answer."""
-        return b'%b[],"usage":%b}\n\n' % (self._head, _json(usage_object(usage)))
+        fields = usage_object(usage)
+        if footprint is not None:
+            fields[NAME] = shown(footprint)
+        return b'%b[],"usage":%b}\n\n' % (self._head, _json(fields))
 
     def whole(self, body: bytes) -> bytes:
         """A whole plain answer as the events of a stream, its usage chunk not included."""

@@ -96,6 +96,12 @@ class Exchange:
 
     # -- the request
 
+    @property
+    def address(self) -> str:
+        """Where the request came from; empty if that is not known."""
+        client = self.scope.get("client")
+        return str(client[0]) if client else ""
+
     def header(self, name: bytes) -> bytes:
         """The value of a header by its lower-case name, empty if it was not sent."""
         return self._headers.get(name, b"")

@@ -19,6 +19,7 @@ from motorpool.server.cell import Cell, LiveAnswer, LiveRequest, LiveTokens
 from motorpool.server.openai import chunks
 from motorpool.server.openai.chunks import Chunks
 from motorpool.server.openai.exchange import Attendance, ClientGoneError, Exchange, encode_error, retry_headers
+from motorpool.server.openai.footprints import with_footprint
 from motorpool.server.openai.requests import ChatRequest, CompletionRequest, Request, read_request
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.types import Kind
@@ -74,8 +75,9 @@ class LiveRoutes:
 
 
 async def answer_with(exchange: Exchange, answer: LiveAnswer) -> None:
-    """Send a whole answer as it came; if it says that nothing can serve, with the time to try again."""
-    await exchange.answer(answer.status, answer.body, _RETRY if answer.status in {429, 503} else ())
+    """Send a whole answer with its footprint; if it says that nothing can serve, with the time to try again."""
+    body = with_footprint(answer.body, answer.footprint)
+    await exchange.answer(answer.status, body, _RETRY if answer.status in {429, 503} else ())
 
 
 async def _close(items: AsyncIterator[LiveTokens | LiveAnswer]) -> None:
@@ -137,7 +139,8 @@ class _Stream:
                     continue
                 data = self._chunks.tokens(item.deltas, item.engine)
                 if item.usage is not None:
-                    last = data + (self._chunks.usage(item.usage) if self._with_usage else b"") + chunks.DONE
+                    usage = self._chunks.usage(item.usage, item.footprint) if self._with_usage else b""
+                    last = data + usage + chunks.DONE
                 elif data:
                     if self._opening is None or not self._opening.done():
                         await self._open()
@@ -154,8 +157,9 @@ class _Stream:
     async def _end_with(self, answer: LiveAnswer) -> bytes | None:
         """A whole answer: the end of a stream that is sent in one piece, or an error."""
         if answer.status < 400:
-            data = self._chunks.whole(answer.body)
-            return data + (self._chunks.whole_usage(answer.body) if self._with_usage else b"") + chunks.DONE
+            body = with_footprint(answer.body, answer.footprint)
+            data = self._chunks.whole(body)
+            return data + (self._chunks.whole_usage(body) if self._with_usage else b"") + chunks.DONE
         if self._opening is None:
             await answer_with(self._exchange, answer)
             return None

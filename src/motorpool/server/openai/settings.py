@@ -32,4 +32,5 @@ class ApiSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_errors: int = 100  # errors shown for an invalid batch file
     batch_file_days: int = 30  # how long batch files are kept when the customer says nothing
     key_ttl_ms: int = 5_000  # how long a key that was found good is believed
+    currency: str = "EUR"  # of the owners' statements
     keep_alive_ms: int = 15_000  # silence in a stream after which a comment line is sent
