@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
 from motorpool.agent.signals.source import AlwaysParked
 from motorpool.core.guard import Budgets, ConsentView, History, Policy, Reading, Signals, Verdict, decide
+from motorpool.core.guard_rules import RULES
 from motorpool.types import Permit, ReasonCode
 
 NOW_MS = 1_790_000_000_000  # a Monday, 14:13:20 UTC
@@ -81,3 +84,16 @@ class Standing:
             self.permitted += 250 * isinstance(self.result, Permit)
             self.now_ms += 250
         return self.permitted - before
+
+
+@contextmanager
+def without(*rules: str) -> Iterator[None]:
+    """The guard without some of its rules; afterwards all are back, in their order."""
+    kept = dict(RULES)
+    for rule in rules:
+        del RULES[rule]
+    try:
+        yield
+    finally:
+        RULES.clear()
+        RULES.update(kept)

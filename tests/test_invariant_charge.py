@@ -8,11 +8,11 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.guard_trial import without
 from tests.invariant_world import many
 
 from motorpool.agent.signals.source import AlwaysParked
 from motorpool.core.guard import Budgets, ConsentView, History, Policy, Reading, decide
-from motorpool.core.guard_rules import RULES
 from motorpool.core.policy import ReadyBy
 from motorpool.types import Permit
 
@@ -123,10 +123,10 @@ GREEDY = Night(40.0, 80.0, 40.0, 6_500.0, 6_500.0, 0, 100, 1_000, False)  # the 
 @pytest.mark.parametrize(("rule", "night"), [("ready_in_time", TIGHT), ("charging_first", GREEDY)])
 def test_without_its_rule_charge_is_lost(rule: str, night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lost_pct(night)[0] <= night.watts_w * STEP_PCT + 1e-6
-    monkeypatch.delitem(RULES, rule)
     if rule == "charging_first":  # ``power_w`` caps the power as well: a permit of one watt takes nothing
         monkeypatch.setattr("motorpool.core.guard_rules.beside_charging_w", lambda look: None)
-    assert lost_pct(night)[0] > 1.0
+    with without(rule):
+        assert lost_pct(night)[0] > 1.0
 
 
 def test_most_nights_leave_time_to_work() -> None:

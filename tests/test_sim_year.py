@@ -13,9 +13,9 @@ from zoneinfo import ZoneInfo
 import msgspec
 import pytest
 from click.testing import CliRunner
+from tests.guard_trial import without
 
 from motorpool.cli.main import cli
-from motorpool.core.guard_rules import RULES
 from motorpool.errors import SetupError
 from motorpool.sim.recordings import load
 from motorpool.sim.year import Node, choose, simulate
@@ -58,10 +58,9 @@ def test_without_the_rule_that_charging_comes_first_the_promise_is_seen_to_break
     user, sessions = choose(recording.sessions)
     slow = [msgspec.structs.replace(session, charger_w=900.0) for session in sessions]  # not full by the morning
     assert simulate(user, slow, Node(), zone=recording.zone).violations == {}
-    monkeypatch.delitem(RULES, "charging_first")
-    monkeypatch.delitem(RULES, "ready_in_time")
     monkeypatch.setattr("motorpool.core.guard_rules.beside_charging_w", lambda look: None)
-    assert simulate(user, slow, Node(), zone=recording.zone).violations
+    with without("charging_first", "ready_in_time"):
+        assert simulate(user, slow, Node(), zone=recording.zone).violations
 
 
 def test_it_is_the_same_to_the_last_bit_whatever_the_hash_seed(tmp_path: Path) -> None:
