@@ -24,6 +24,7 @@ def pages(command: click.Command, name: str, parent: click.Context | None = None
     """The help of a command and of everything below it."""
     settings = dict(command.context_settings) | {"max_content_width": 100, "terminal_width": 100}
     context = click.Context(command, info_name=name, parent=parent, **settings)
+    command._help_option = None  # noqa: SLF001  # click keeps that of the first caller, who may have had other names
     found = [f"## {context.command_path}\n\n```\n{command.get_help(context).rstrip()}\n```\n"]
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
