@@ -1,7 +1,7 @@
-"""From the owner's hand to an engine that computes no more: the real agent, the real engine and model, under load.
+"""From the owner's hand to an engine that computes no more: the real agent, the real engine and model, under full load.
 
-One vehicle of ``motorpool dev`` works on a batch of long answers. The owner's acts go through the port of its simulated
-car, and the kernel says what the engine does: the state of each of its threads, and the processor time that it used.
+Vehicles of one cell work on a batch of long answers and are tried in turns, since each rests for a few seconds after a
+trial. The owner's acts go through the port of the car, and the kernel says what the engine does.
 """
 
 from __future__ import annotations
@@ -11,230 +11,205 @@ import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
+import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import msgspec
 
 from bench import product, report
-from bench.env import BIN, ROOT
-from bench.yield_plot import draw
+from bench.env import BENCH, ROOT
+from bench.yield_car import (
+    LOOK_S,
+    MODEL,
+    SETTLE_S,
+    THREADS,
+    Flood,
+    NotReadyError,
+    Vehicle,
+    alive,
+    busy_cores,
+    children,
+    flood,
+    resident_mb,
+    standing_still,
+    stopped,
+    until_ms,
+    used_ns,
+    used_since_ns,
+    vehicles,
+)
+from bench.yield_scenes import (
+    AFTER,
+    AFTER_S,
+    BUSY,
+    CUT,
+    DEAD,
+    DOOR,
+    FLOOD,
+    GONE,
+    HANGS,
+    KILLED,
+    NOT_MEASURED,
+    PUSHED,
+    SCENES,
+    SILENT,
+    Trials,
+)
 
-MODEL = "smollm2-135m-instruct"
-LINES = 400
+VEHICLES = 6  # one rests, starts or loads while another is tried
+TURN_S = 0.5  # about what a trial takes
+LINES = 2_000
 ANSWER_TOKENS = 600
-VEHICLE = "car-1"
-BUSY_NS = 20_000_000  # of processor time, before the engine counts as under load
-LOOK_S = 0.0002  # between two looks at the engine
-AFTER_S = 0.3  # how long a stopped engine is watched
-DEADLINE_S = 60.0
-AIM_STOP_MS = 200
-AIM_GONE_MS = 2_000
-AIM_ALONE_MS = 1_000
-FLOOD_BYTES = 3_000_000  # of one request that keeps the agent's loop busy
-FLOODERS = 4
+TRIES = 4  # to begin a trial
+SHOWN_EVERY = 10
+INTERRUPTED = 130  # the exit status of a shell's commands
 PICTURE = ROOT / "docs" / "images" / "yield.svg"
-DOOR = "Door opened until every thread of the engine is stopped"
-DOOR_BUSY = "The same, while other programs keep every core busy"
-DOOR_CUT = "The same, with the message server stopped: no network"
-DOOR_DEAD = "The same, with the control plane stopped"
-DOOR_FLOOD = "The same, while requests of 3 MB keep the agent's own loop busy"
-AFTER = f"Processor time of the engine in the {AFTER_S * 1000:.0f} ms after that"
-GONE = "Cable pulled until the engine's process is gone, and its memory with it"
-HANGS = "Agent stopped (it hangs) until the engine's process is gone"
-KILLED = "Agent killed until the engine's process is gone"
+RAW = BENCH / ".work" / "yield-trials.json"
+
+Trial = Callable[[Vehicle, int], float]
 
 
-class Engine:
-    """The engine of the vehicle, as the kernel sees it."""
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """How many trials of each kind: the door with nothing in the way, with something, what takes longer, vehicles."""
 
-    def __init__(self, cell: product.Cell) -> None:
-        self._cell = cell
-        self._agent_pid = cell.pids[VEHICLE]
-
-    def pid(self) -> int | None:
-        """Its process, None while there is none. A watcher of a few megabytes stands beside it."""
-        children = Path(f"/proc/{self._agent_pid}/task/{self._agent_pid}/children").read_text().split()
-        sizes = {}
-        for child in children:
-            with contextlib.suppress(OSError, IndexError):
-                sizes[int(child)] = int(Path(f"/proc/{child}/statm").read_text().split()[1])
-        return max(sizes, key=lambda pid: sizes[pid]) if sizes else None
-
-    def used_ns(self, pid: int) -> dict[str, int]:
-        """Processor time of each thread that lives now."""
-        used = {}
-        for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError):
-                used[path.parent.name] = int(path.read_text().split()[0])
-        return used
-
-    def used_since_ns(self, pid: int, before: dict[str, int]) -> int:
-        """Processor time since ``before``; a thread that ended in between takes its own with it."""
-        return sum(now - before.get(thread, 0) for thread, now in self.used_ns(pid).items())
-
-    def stopped(self, pid: int) -> bool:
-        """Is every thread stopped by a signal, or gone."""
-        for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-            with contextlib.suppress(OSError):
-                if path.read_text().rpartition(") ")[2][0] not in "TtZX":
-                    return False
-        return True
-
-    def computing(self) -> int:
-        """Wait until it runs attempts and is under load; its process. One that loads its model computes as well."""
-        end = time.monotonic() + DEADLINE_S
-        while time.monotonic() < end:
-            pid = self.pid()
-            if pid is not None and self._cell.vehicle_states() == ["working"]:
-                before = self.used_ns(pid)
-                time.sleep(0.1)
-                if self.used_since_ns(pid, before) > BUSY_NS and not self.stopped(pid):
-                    return pid
-            else:
-                time.sleep(0.1)
-        raise product.ProductError(f"the engine did not work again within {DEADLINE_S:.0f} s")
+    doors: int
+    others: int
+    slow: int
+    vehicles: int
 
 
-class Owner:
-    """The owner of the vehicle, at the port of its car."""
+class Session:
+    """Does trials and keeps what they gave."""
 
-    def __init__(self, folder: Path) -> None:
-        address = folder / "car.addr"
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(address.read_text() if address.exists() else str(folder / "car.sock"))
-        self._answers = self._socket.makefile("rb")
+    def __init__(self) -> None:
+        self.trials = Trials()
+        self.begun_again = 0
+        self.given_back_mb: list[float] = []
 
-    def does(self, act: str) -> float:
-        """Begin an act; the moment before it, in seconds."""
-        line = json.dumps({"do": act}).encode() + b"\n"
+    def series(self, key: str, fleet: list[Vehicle], count: int, trial: Trial) -> None:
+        """So many trials of one scene, one vehicle after the other."""
+        name = next(scene.name for scene in SCENES if scene.key == key)
+        print(f"==> {name}: {count} trials", flush=True)
+        begun_s = time.monotonic()
+        stagger(fleet)
+        for number in range(count):
+            self.trials.add(key, self._one(fleet[number % len(fleet)], trial))
+            if (number + 1) % SHOWN_EVERY == 0 or number + 1 == count:
+                values = self.trials.values[key]
+                took_s = time.monotonic() - begun_s
+                print(
+                    f"    {number + 1} of {count}, {took_s:.0f} s: median {statistics.median(values):.1f} ms, "
+                    f"highest {max(values):.1f} ms",
+                    flush=True,
+                )
+
+    def _one(self, vehicle: Vehicle, trial: Trial) -> float:
+        """One trial. One that could not begin is begun again, at last with the agent started anew."""
+        for left in reversed(range(TRIES)):
+            try:
+                return trial(vehicle, vehicle.computing())
+            except NotReadyError as error:
+                self.begun_again += 1
+                print(f"    again: {error}", flush=True)
+                if left == 0:
+                    raise
+                vehicle.make_fine()
+                if left <= TRIES // 2:
+                    vehicle.again()
+        raise AssertionError("unreachable")
+
+    # -- the trials ----------------------------------------------------------------------------------------------------
+
+    def open_door(self, vehicle: Vehicle, pid: int) -> float:
+        """Milliseconds until the engine is stopped; what it computes after that is noted as well."""
+        owner = vehicle.owner
+        if not alive(pid) or stopped(pid):
+            raise NotReadyError(f"the engine of {vehicle.name} stopped before its owner came")
+        try:
+            stopped_ms = until_ms(owner.begins("open-door"), lambda: stopped(pid), "the engine went on")
+            used = used_ns(pid)
+            owner.ends()
+            time.sleep(AFTER_S)
+            after_ns = used_since_ns(pid, used)
+            if not alive(pid):
+                raise NotReadyError(f"the engine of {vehicle.name} ended meanwhile: {vehicle.said()}")
+        finally:
+            owner.does("lock")
+        self.trials.add(AFTER, after_ns / 1e6)
+        return stopped_ms
+
+    def open_door_without(self, other_pid: int) -> Trial:
+        """The door, while some other process stands still."""
+
+        def trial(vehicle: Vehicle, pid: int) -> float:
+            with standing_still(other_pid):
+                time.sleep(SETTLE_S)
+                return self.open_door(vehicle, pid)
+
+        return trial
+
+    def open_door_in(self, water: Flood) -> Trial:
+        """The door, while the agent has more to read than it can."""
+
+        def trial(vehicle: Vehicle, pid: int) -> float:
+            with water.over(vehicle):
+                return self.open_door(vehicle, pid)
+
+        return trial
+
+    def silence_broker(self, vehicle: Vehicle, pid: int) -> float:
+        """Milliseconds from the last moment of the databroker until the engine is stopped."""
+        with standing_still(vehicle.broker_pid) as begun_s:
+            stopped_ms = until_ms(begun_s, lambda: stopped(pid), "the engine went on without signals")
+            if not alive(pid):
+                raise NotReadyError(f"the engine of {vehicle.name} ended meanwhile: {vehicle.said()}")
+        return stopped_ms
+
+    def pull_cable(self, vehicle: Vehicle, pid: int) -> float:
+        """Milliseconds until the processes of the engine, and with them their memory, are gone."""
+        owner, processes = vehicle.owner, [pid, *children(pid)]
+        held_mb = resident_mb(pid)
+        try:
+            begun_s = owner.begins("unplug")
+            gone_ms = until_ms(begun_s, lambda: not any(map(alive, processes)), "the engine's process was still there")
+            owner.ends()
+        finally:
+            owner.does("plug-in")
+        self.given_back_mb.append(held_mb)
+        return gone_ms
+
+    def kill_agent(self, vehicle: Vehicle, pid: int) -> float:
+        """Milliseconds from the end of the agent to that of its engine."""
         begun_s = time.perf_counter()
-        self._socket.sendall(line)
-        return begun_s
+        os.kill(vehicle.pid, signal.SIGKILL)
+        gone_ms = until_ms(begun_s, lambda: not alive(pid), "the engine outlived its agent")
+        vehicle.again()
+        return gone_ms
 
-    def done(self) -> None:
-        """Wait for the answer of the car."""
-        answer = json.loads(self._answers.readline())
-        if not answer["ok"]:
-            raise product.ProductError(f"the car said: {answer['error']}")
-
-
-def until_ms(begun_s: float, condition: Callable[[], bool]) -> float:
-    """Milliseconds from ``begun_s`` until ``condition`` holds."""
-    while not condition():
-        if time.perf_counter() - begun_s > DEADLINE_S:
-            raise product.ProductError("the engine went on")
-        time.sleep(LOOK_S)
-    return (time.perf_counter() - begun_s) * 1000
+    def hang_agent(self, vehicle: Vehicle, pid: int) -> float:
+        """Milliseconds from the last moment of an agent that hangs to the end of its engine."""
+        with standing_still(vehicle.pid) as begun_s:
+            return until_ms(begun_s, lambda: not alive(pid), "the engine went on beside an agent that hangs")
 
 
-def open_the_door(engine: Engine, owner: Owner, stopped: tuple[int, ...] = ()) -> tuple[float, float]:
-    """One trial: milliseconds until the engine is stopped, and milliseconds that it computed after that.
-
-    ``stopped`` are processes that stand still meanwhile.
-    """
-    pid = engine.computing()
-    with standing_still(stopped):
-        stopped_ms = until_ms(owner.does("open-door"), lambda: engine.stopped(pid))
-        used = engine.used_ns(pid)
-        owner.done()
-        time.sleep(AFTER_S)
-        after_ms = engine.used_since_ns(pid, used) / 1e6
-    owner.does("lock")
-    owner.done()
-    return stopped_ms, after_ms
-
-
-def pull_the_cable(engine: Engine, owner: Owner) -> float:
-    """One trial: milliseconds until the engine's process, and with it its memory, is gone."""
-    pid = engine.computing()
-    gone_ms = until_ms(owner.does("unplug"), lambda: not alive(pid))
-    owner.done()
-    owner.does("plug-in")
-    owner.done()
-    return gone_ms
-
-
-def stop_the_agent(engine: Engine, agent_pid: int, number: signal.Signals) -> float:
-    """One trial: milliseconds from a signal to the agent until its engine's process is gone."""
-    pid = engine.computing()
-    begun_s = time.perf_counter()
-    os.kill(agent_pid, number)
-    try:
-        return until_ms(begun_s, lambda: not alive(pid))
-    finally:
-        if number is signal.SIGSTOP:
-            os.kill(agent_pid, signal.SIGCONT)
-
-
-def alive(pid: int) -> bool:
-    """Has it not ended; one that only waits for its parent has given everything back."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def standing_still(pids: tuple[int, ...]) -> Iterator[None]:
-    """Processes that get no processor time, and so answer nobody."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        if pids:
-            time.sleep(0.2)
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def flooded(cell: product.Cell) -> Iterator[None]:
-    """Customers who send requests of megabytes, each of which passes through the agent's loop."""
-    over = threading.Event()
-    message = {"role": "user", "content": "word " * (FLOOD_BYTES // 5)}
-    body = json.dumps({"model": MODEL, "messages": [message], "max_tokens": 1}).encode()
-    headers = {**cell.headers(), "Content-Type": "application/json"}
-
-    def send() -> None:
-        with httpx.Client(base_url=cell.base_url, headers=headers, timeout=60, trust_env=False) as client:
-            while not over.is_set():
-                with contextlib.suppress(httpx.HTTPError):  # the vehicle is frozen now and then: it is asked again
-                    client.post("/chat/completions", content=body)
-
-    senders = [threading.Thread(target=send, daemon=True) for _ in range(FLOODERS)]
-    for sender in senders:
-        sender.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for sender in senders:
-            sender.join(60)
-
-
-@contextlib.contextmanager
-def busy_cores() -> Iterator[None]:
-    """Other programs that want every core for themselves."""
-    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
-    try:
-        yield
-    finally:
-        for program in programs:
-            program.kill()
-            program.wait()
+def stagger(fleet: list[Vehicle]) -> None:
+    """Have each vehicle rest a little later than the one before: a car has one engine, not one beside five others."""
+    for vehicle in fleet:
+        with contextlib.suppress(NotReadyError):  # the trial will tell
+            vehicle.computing()
+    for vehicle in fleet:
+        with contextlib.suppress(NotReadyError):
+            vehicle.owner.does("open-door")
+            vehicle.owner.does("lock")
+        time.sleep(TURN_S)
 
 
 def hand_in(cell: product.Cell, folder: Path) -> None:
-    """A batch that keeps the vehicle at work for longer than all trials take."""
+    """A batch that keeps the vehicles at work for longer than all trials take."""
     source = folder / "lines.jsonl"
     with source.open("w") as out:
         for number in range(LINES):
@@ -248,118 +223,92 @@ def hand_in(cell: product.Cell, folder: Path) -> None:
         product.answer(client.post("/batches", json=asked))
 
 
-@contextlib.contextmanager
-def a_vehicle(folder: Path) -> Iterator[tuple[product.Cell, Engine, Owner]]:
-    """One vehicle of ``motorpool dev`` under full load."""
-    command = [str(BIN / "motorpool"), "dev", "--vehicles", "1", "--model", MODEL, "--json", "--port", "0"]
-    command += ["--threads", str(max(1, (os.cpu_count() or 2) - 1)), "--data", str(folder / "data")]
-    models = {"MOTORPOOL_MODELS": os.environ["MOTORPOOL_MODELS"]} if "MOTORPOOL_MODELS" in os.environ else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    with product.ended(command, folder / "dev.log", models) as child:
-        cell = msgspec.json.decode(product.first_line(child, folder / "dev.log"), type=product.Cell)
-        cell = msgspec.structs.replace(cell, base_url=cell.base_url.rstrip("/"), admin_url=cell.admin_url.rstrip("/"))
-        owner = Owner(folder / "data" / "vehicles" / VEHICLE)
+def measure(folder: Path, counts: Counts) -> Session:
+    """All trials, in one cell."""
+    session = Session()
+    with product.running(0, folder) as cell:
         hand_in(cell, folder)
-        yield cell, Engine(cell), owner
+        with vehicles(cell, folder, counts.vehicles) as fleet:
+            session.series(DOOR, fleet, counts.doors, session.open_door)
+            with busy_cores():
+                session.series(BUSY, fleet, counts.others, session.open_door)
+            for key, part in ((CUT, product.MESSAGES), (DEAD, product.CONTROL)):
+                session.series(key, fleet, counts.others, session.open_door_without(cell.pids[part]))
+            with flood(cell, fleet[0]) as water:
+                session.series(FLOOD, fleet, counts.others, session.open_door_in(water))
+            session.trials.notes[FLOOD] = (
+                f"its loop was busy for {statistics.median(water.shares_pct):.0f} % of the time"
+            )
+            session.series(GONE, fleet, counts.others, session.pull_cable)
+            session.trials.notes[GONE] = f"{statistics.median(session.given_back_mb):.0f} MB each time"
+            session.series(HANGS, fleet, counts.slow, session.hang_agent)
+            session.series(KILLED, fleet, counts.slow, session.kill_agent)
+        with vehicles(cell, folder, counts.vehicles, behind_a_broker=True) as fleet:
+            session.series(PUSHED, fleet, counts.others, session.open_door)
+            session.series(SILENT, fleet, counts.slow, session.silence_broker)
+    return session
 
 
-class Trials:
-    """What was measured, by figure."""
-
-    def __init__(self) -> None:
-        self.samples = {
-            name: report.Samples(name, "ms", less_is_better=True)
-            for name in (DOOR, DOOR_BUSY, DOOR_CUT, DOOR_DEAD, DOOR_FLOOD, AFTER, GONE, HANGS, KILLED)
-        }
-
-    def add(self, name: str, value: float) -> None:
-        """One trial."""
-        self.samples[name].add(report.OURS, value)
-
-    def figures(self) -> list[report.Figure]:
-        """Median, and in words the 99th percentile, which is what the aim speaks of."""
-        found = []
-        for name, samples in self.samples.items():
-            values = sorted(samples.values.get(report.OURS, []))
-            if not values:
-                continue
-            p99 = values[min(len(values) - 1, -(-len(values) * 99 // 100) - 1)]
-            samples.notes[report.OURS] = f"p99 {report.rounded(p99)}, highest {report.rounded(values[-1])}"
-            if name == AFTER:
-                found.append(samples.figure(aim="none", met=values[-1] == 0))
-                continue
-            aim_ms = {GONE: AIM_GONE_MS, HANGS: AIM_ALONE_MS, KILLED: AIM_ALONE_MS}.get(name, AIM_STOP_MS)
-            found.append(samples.figure(aim=f"p99 under {aim_ms:,} ms", met=p99 < aim_ms))
-        return found
-
-    def times(self) -> dict[str, list[float]]:
-        """For the picture."""
-        names = {
-            DOOR: "door opened",
-            DOOR_BUSY: "other programs keep every core busy",
-            DOOR_CUT: "without a network",
-            DOOR_DEAD: "control plane dead",
-            DOOR_FLOOD: "agent's own loop busy",
-            HANGS: "agent hangs",
-            KILLED: "agent killed",
-        }
-        return {short: self.samples[name].values.get(report.OURS, []) for name, short in names.items()}
+def remarks(session: Session, counts: Counts) -> list[str]:
+    """What a reader must know of all figures."""
+    made = [
+        f"A run is one act on a vehicle with {MODEL} ({THREADS} threads, a batch of {LINES:,} long answers); "
+        f"{counts.vehicles} vehicles are tried in turns, so that one works while others rest. Times begin before the "
+        "act is sent to the port of the car (or before the signal to a process) and end at the first look that sees "
+        f"it, {LOOK_S * 1000:.1f} ms apart. A thread counts as stopped when it has taken the signal, or when the "
+        "kernel says that its control group is frozen; for either it needs a core once more: where others keep every "
+        "core busy it waits for that without computing."
+    ]
+    if session.begun_again:
+        made.append(f"{session.begun_again} trials were begun again because the vehicle was not at work.")
+    return made
 
 
-def measure(folder: Path, *, doors: int, others: int, kills: int) -> Trials:
-    """All trials; a vehicle whose agent was killed is replaced by another one."""
-    trials = Trials()
-    with a_vehicle(folder / "one") as (cell, engine, owner):
-        nats, control = cell.pids[product.MESSAGES], cell.pids[product.CONTROL]
-        ways: list[tuple[str, int, contextlib.AbstractContextManager[None], tuple[int, ...]]] = [
-            (DOOR, doors, contextlib.nullcontext(), ()),
-            (DOOR_BUSY, others, busy_cores(), ()),
-            (DOOR_CUT, others, contextlib.nullcontext(), (nats,)),
-            (DOOR_DEAD, others, contextlib.nullcontext(), (control,)),
-            (DOOR_FLOOD, others, flooded(cell), ()),
-        ]
-        for name, count, around, stopped in ways:
-            print(f"==> {name}: {count} trials", flush=True)
-            with around:
-                for _ in range(count):
-                    stopped_ms, after_ms = open_the_door(engine, owner, stopped)
-                    trials.add(name, stopped_ms)
-                    trials.add(AFTER, after_ms)
-        print(f"==> {GONE}: {others} trials", flush=True)
-        for _ in range(others):
-            trials.add(GONE, pull_the_cable(engine, owner))
-        print(f"==> {HANGS}: {kills} trials", flush=True)
-        for _ in range(kills):
-            trials.add(HANGS, stop_the_agent(engine, cell.pids[VEHICLE], signal.SIGSTOP))
-    print(f"==> {KILLED}: {kills} trials", flush=True)
-    for number in range(kills):
-        with a_vehicle(folder / f"killed-{number}") as (cell, engine, _):
-            trials.add(KILLED, stop_the_agent(engine, cell.pids[VEHICLE], signal.SIGKILL))
-    return trials
+def interrupt(*_: object) -> None:
+    """End as with Ctrl-C, so that nothing is left running."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Run the trials and write ``results/yield.json``."""
+    """Run the trials, draw them, and write ``results/yield.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke test: few trials, results not kept")
     parser.add_argument("--trials", type=int, default=200, help="of the door, with nothing in the way")
-    parser.add_argument("--others", type=int, default=25, help="of each other way")
-    parser.add_argument("--kills", type=int, default=10, help="of agents that hang, and of agents that are killed")
+    parser.add_argument("--others", type=int, default=50, help="of each other way")
+    parser.add_argument("--slow", type=int, default=20, help="of agents and databrokers that are killed or hang")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    counts = Counts(doors=options.trials, others=options.others, slow=options.slow, vehicles=VEHICLES)
+    if options.quick:
+        counts = Counts(doors=4, others=2, slow=2, vehicles=2)
     begun = report.begin()
-    doors, others, kills = (2, 1, 1) if options.quick else (options.trials, options.others, options.kills)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        trials = measure(Path(name), doors=doors, others=others, kills=kills)
-    if not options.quick:
-        draw(trials.times(), PICTURE)
-    remark = (
-        f"One vehicle with {MODEL} and a batch of {LINES} long answers. Times begin before the act is sent to the port "
-        f"of the car and end at the first look that sees it, {LOOK_S * 1000:.1f} ms apart. A run is one act of the "
-        "owner. A thread counts as stopped when it has taken the signal, for which it needs a core once more: where "
-        "others keep every core busy it waits for that without computing."
-    )
-    report.finish("yield", trials.figures(), begun=begun, keep=not options.quick, skipped={}, remarks=[remark])
+        try:
+            session = measure(Path(name), counts)
+        except product.ProductError as error:
+            raise SystemExit(f"bench-yield: {error}") from error
+        except (httpx.HTTPError, OSError) as error:
+            raise SystemExit(f"bench-yield: {type(error).__name__}: {error}") from error
+    RAW.parent.mkdir(parents=True, exist_ok=True)
+    RAW.write_bytes(msgspec.json.encode(session.trials.values))
+    notes = remarks(session, counts)
+    picture = RAW.with_suffix(".svg") if options.quick else PICTURE
+    try:
+        from bench.yield_plot import draw  # noqa: PLC0415  # matplotlib is an extra
+    except ImportError:
+        print("==> No picture: matplotlib is not installed (the extra `plots`)", flush=True)
+    else:
+        picture.write_bytes(draw(session.trials.values))
+        print(f"==> {picture.relative_to(ROOT)}", flush=True)
+    if not options.quick and picture.exists():
+        notes.append("![Every trial of every scene, on a logarithmic axis of time](images/yield.svg)")
+    figures = session.trials.figures()
+    report.finish("yield", figures, begun=begun, keep=not options.quick, skipped=NOT_MEASURED, remarks=notes)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

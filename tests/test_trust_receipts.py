@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 
 import msgspec
@@ -66,7 +67,7 @@ CHAIN = chain(6)
 
 def forged() -> list[bytes]:
     """Richer receipts: signed by one side alone, by a stranger, or with the signatures of another; and no receipts."""
-    made: list[bytes] = [b"", b"{}", b"\xff", b"[" * 2_000]
+    made: list[bytes] = [b"", b"{}", b"\xff", b"[" * 2_000, b'{"document":"\xed\xa0\x80","vehicle":""}']
     for receipt, data in CHAIN:
         richer = msgspec.structs.replace(receipt, charge_micro=10**9, pay_micro=10**9)
         half = sign_receipt(VEHICLE, richer)
@@ -119,6 +120,52 @@ def test_without_the_check_of_signatures_a_forged_receipt_counts(check: str, mon
     assert settle(Book(), data, KEYS)[1] is Outcome.ACCEPTED
 
 
+@many
+@given(st.lists(st.tuples(st.integers(0, 2_000), st.integers(1, 255)), min_size=1, max_size=3))
+def test_invariant_16_an_altered_receipt_moves_nothing_or_what_was_signed(flips: list[tuple[int, int]]) -> None:
+    """What the signatures are written as may vary, by bits that base64 does not use; what is signed may not."""
+    data = bytearray(CHAIN[0][1])
+    for at, flip in flips:
+        data[at % len(data)] ^= flip
+    book, outcome = settle(Book(), bytes(data), KEYS)
+    assert dict(book.balances) == balances(1 if outcome is Outcome.ACCEPTED else 0)
+    assert outcome in (Outcome.ACCEPTED, Outcome.FORGED)
+
+
+@pytest.mark.parametrize("order", [[0, 0], [1], [0, 1, 0], [0, 2]])
+def test_without_the_check_of_the_order_a_repeated_or_early_receipt_counts(
+    order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcomes() -> list[Outcome]:
+        book, found = Book(), []
+        for pick in order:
+            book, outcome = settle(book, CHAIN[pick][1], KEYS)
+            found.append(outcome)
+        return found
+
+    assert outcomes()[-1] in (Outcome.OLD, Outcome.OUT_OF_ORDER)
+    monkeypatch.setattr(receipts, "_place", lambda *_: Outcome.ACCEPTED)
+    assert outcomes()[-1] is Outcome.ACCEPTED
+
+
+def test_another_predecessor_is_another_history() -> None:
+    book = settle(Book(), CHAIN[0][1], KEYS)[0]
+    other = msgspec.structs.replace(CHAIN[1][0], previous="f" * 64)
+    data = countersign(SERVER, sign_receipt(VEHICLE, other), VEHICLE_PUBLIC)
+    assert settle(book, data, KEYS) == (book, Outcome.FORKED)
+
+
+def test_the_vehicles_have_chains_of_their_own() -> None:
+    book = settle(Book(), CHAIN[0][1], KEYS)[0]
+    other = msgspec.structs.replace(CHAIN[0][0], vehicle_id="v2")
+    data = countersign(SERVER, sign_receipt(STRANGER, other), STRANGER_PUBLIC)
+    book, outcome = settle(book, data, KEYS)
+    assert outcome is Outcome.ACCEPTED
+    assert settle(book, CHAIN[1][1], KEYS)[1] is Outcome.ACCEPTED
+    assert book.balances["owner:v2"] == book.balances["owner:v1"] == 70
+    assert sum(book.balances.values()) == 0
+
+
 def test_another_history_of_a_vehicle_is_told_from_a_repetition() -> None:
     book = settle(Book(), CHAIN[0][1], KEYS)[0]
     other = msgspec.structs.replace(CHAIN[0][0], lease_id="another")
@@ -132,4 +179,9 @@ def test_no_receipt_pays_more_than_it_charges() -> None:
     greedy = msgspec.structs.replace(CHAIN[0][0], pay_micro=10**6)
     with pytest.raises(TrustError):
         sign_receipt(VEHICLE, greedy)
+    text = msgspec.json.encode(greedy)
+    signature = Ed25519PrivateKey.from_private_bytes(VEHICLE).sign(receipts.VEHICLE_DOMAIN + text)
+    own = {"document": text.decode(), "vehicle": base64.b64encode(signature).decode()}
+    by_hand = countersign(SERVER, msgspec.json.encode(own), VEHICLE_PUBLIC)
+    assert settle(Book(), by_hand, KEYS) == (Book(), Outcome.FORGED)
     assert check_receipt(CHAIN[0][1], KEYS) is not None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.invariant_world import many
 
 from motorpool.errors import TrustError
+from motorpool.trust import sealing
 from motorpool.trust.sealing import AttestedRegion, Job, attest_region, may_hold, open_region, open_sealed, seal
 
 NOW_MS = 1_790_000_000_000
@@ -88,3 +89,23 @@ def test_nothing_is_held_without_a_paper_or_by_a_key_that_is_none() -> None:
     nobody = msgspec.structs.replace(paper("DE"), vehicle_key="00" * 32)
     with pytest.raises(TrustError):
         seal(TEXT, job, nobody, NOW_MS)
+
+
+def test_without_the_check_of_the_region_a_job_opens_across_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(job_id="job", residency="DE")
+    sealed = seal(TEXT, job, paper("DE"), NOW_MS)
+    for region in ("FR", None):
+        assert open_sealed(sealed, PRIVATE[0], job, paper(region), NOW_MS) is None
+    monkeypatch.setattr(sealing, "may_hold", lambda *_: True)
+    assert open_sealed(sealed, PRIVATE[0], job, paper("FR"), NOW_MS) == TEXT
+
+
+def test_what_was_sealed_for_another_purpose_or_cut_short_opens_nothing() -> None:
+    job = Job(job_id="job", residency="DE")
+    key = _VEHICLES[0].public_key()
+    context = sealing.context(job, key.public_bytes_raw())
+    assert open_sealed(sealing.SUITE.encrypt(TEXT, key, context), PRIVATE[0], job, paper("DE"), NOW_MS) == TEXT
+    elsewhere = sealing.SUITE.encrypt(TEXT, key, context.removeprefix(sealing.DOMAIN))
+    sealed = seal(TEXT, job, paper("DE"), NOW_MS)
+    for bad in (elsewhere, b"", sealed[:10], sealed[:-1], sealed + b"0", bytes(32) + sealed[32:]):
+        assert open_sealed(bad, PRIVATE[0], job, paper("DE"), NOW_MS) is None

@@ -141,14 +141,9 @@ def settle(book: Book, data: bytes, keys: Keys) -> tuple[Book, Outcome]:
     if found is None:
         return book, Outcome.FORGED
     receipt, own = found
-    head = book.head(receipt.vehicle_id)
-    if receipt.number <= head.number:
-        same = receipt.number < head.number or own == head.digest
-        return book, Outcome.OLD if same else Outcome.FORKED
-    if receipt.number > head.number + 1:
-        return book, Outcome.OUT_OF_ORDER
-    if receipt.previous != head.digest:
-        return book, Outcome.FORKED
+    outcome = _place(book.head(receipt.vehicle_id), receipt, own)
+    if outcome is not Outcome.ACCEPTED:
+        return book, outcome
     balances = dict(book.balances)
     for account, amount in (
         (f"customer:{receipt.account}", -receipt.charge_micro),
@@ -160,12 +155,22 @@ def settle(book: Book, data: bytes, keys: Keys) -> tuple[Book, Outcome]:
     return Book(heads=heads, balances=balances), Outcome.ACCEPTED
 
 
+def _place(head: Head, receipt: Receipt, own: str) -> Outcome:
+    """Where a genuine receipt stands in its vehicle's chain: it is accepted as the very next one alone."""
+    if receipt.number <= head.number:
+        same = receipt.number < head.number or own == head.digest
+        return Outcome.OLD if same else Outcome.FORKED
+    if receipt.number > head.number + 1:
+        return Outcome.OUT_OF_ORDER
+    return Outcome.ACCEPTED if receipt.previous == head.digest else Outcome.FORKED
+
+
 def _open(data: bytes) -> _Envelope | None:
     if len(data) > MAX_RECEIPT_BYTES:
         return None
     try:
         return msgspec.json.decode(data, type=_Envelope)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError, ValueError):  # ValueError: bytes that are no UTF-8
         return None
 
 
