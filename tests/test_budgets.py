@@ -70,7 +70,16 @@ def test_a_year_of_use_stays_small() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{}", b"[]", b'{"hourly":{"no_such":{"1":2}}}', b'{"hourly":{"compute_ms":{"1":-2}}}', b'{"x":1}', b"\xff"],
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"hourly":{"\xff":{}}}',
+        b'{"hourly":{"no_such":{"1":2}}}',
+        b'{"hourly":{"compute_ms":{"1":-2}}}',
+        b'{"x":1}',
+        b"\xff",
+    ],
 )
 def test_bytes_that_are_no_book_are_refused(data: bytes) -> None:
     if data == b"{}":

@@ -102,7 +102,17 @@ def test_a_file_of_acts_that_cannot_be_read_is_a_pause(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{}x", b'{"paused_until_ms":-1}', b'{"unknown":1}', b'{"paused_until_ms":0}' + b" " * 5_000, b"[1]"]
+    "data",
+    [
+        b"",
+        b"\xff",
+        b'{"\xff":1}',
+        b"{}x",
+        b'{"paused_until_ms":-1}',
+        b'{"unknown":1}',
+        b'{"paused_until_ms":0}' + b" " * 5_000,
+        b"[1]",
+    ],
 )
 def test_after_a_damaged_file_the_owner_has_to_sign_again(tmp_path: Path, data: bytes) -> None:
     papers = consented(tmp_path)

@@ -121,7 +121,7 @@ class BudgetBook:
         """A book from its bytes; raises CallerError for bytes that are none."""
         try:
             kept = msgspec.json.decode(data, type=_Kept)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CallerError("not a book of budgets", code="invalid_budget_book") from error
         book = cls()
         book._latest_ms = kept.latest_ms

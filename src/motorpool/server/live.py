@@ -141,7 +141,7 @@ class Call:
     def _logprobs(self) -> bytes:
         try:
             entries = [entry for part in self.logprobs for entry in _array.decode(part)]
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             log.warning("%s: the logprobs of a vehicle are unreadable", self.request.request_id)
             return b""
         return msgspec.json.encode(entries) if entries else b""

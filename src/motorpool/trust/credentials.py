@@ -127,7 +127,7 @@ def load_credentials(path: Path) -> VehicleCredentials:
         raise SetupError(
             f"there are no credentials at {path.name}: enrol the vehicle with `motorpool vehicles enrol`"
         ) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TrustError(f"{path.name} holds no credentials: enrol the vehicle again") from error
 
 
@@ -139,5 +139,5 @@ def load_identity(path: Path, issued_s: int) -> CellIdentity:
         return identity
     try:
         return msgspec.json.decode(path.read_bytes(), type=CellIdentity)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TrustError(f"{path.name} does not hold a cell's identities: restore it from your copy") from error

@@ -169,7 +169,7 @@ def _load(agent_dir: Path) -> Acts:
         return Acts(unreadable=True)
     try:
         acts = _acts.decode(data)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return Acts(unreadable=True)
     if min(acts.paused_until_ms, acts.need_car_ms, acts.withdrawn_ms) < 0:
         return Acts(unreadable=True)
@@ -180,5 +180,5 @@ def _driven_ms(agent_dir: Path) -> int:
     """Which "I need the car" is over; 0, so none, if that cannot be read."""
     try:
         return _driven.decode((agent_dir / DRIVEN_NAME).read_bytes()[:MAX_FILE_BYTES])
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return 0

@@ -145,7 +145,7 @@ class OwnerDesk:
         now: dict[str, Any] = msgspec.to_builtins(policy)
         try:
             before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             before = None
         now = msgspec.json.decode(msgspec.json.encode(now))
         if before == now:

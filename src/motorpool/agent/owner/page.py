@@ -337,7 +337,7 @@ class OwnerPage:
 async def _body(request: web.Request, type_: type[T]) -> T:
     try:
         return msgspec.json.decode(await request.read(), type=type_)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CallerError("this is not what the page sends") from error
 
 

@@ -118,7 +118,7 @@ class LogReader:
         """The last entry that is known to have been written; None if that is not known."""
         try:
             return head_decoder.decode((self._folder / HEAD_NAME).read_bytes())
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
     def verify(self) -> Verified:
@@ -188,7 +188,7 @@ class _Check:
             return
         try:
             entry = entry_decoder.decode(line.e)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             self._found(f"{where} is no entry")
             return
         if self._before is None:
@@ -212,7 +212,7 @@ class _Check:
 def _line_of(raw: bytes) -> Line | None:
     try:
         return line_decoder.decode(raw)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
@@ -220,7 +220,7 @@ def _entry(raw: bytes) -> Entry | None:
     line = _line_of(raw)
     try:
         return None if line is None else entry_decoder.decode(line.e)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 

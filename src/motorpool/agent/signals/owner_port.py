@@ -89,7 +89,7 @@ class OwnerPort:
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             what = msgspec.json.decode(line, type=_Ask).do
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return {"ok": False, "code": "bad_line", "error": 'a line is {"do": "ACTION"}'}
         if what not in OWNER_ACTIONS:
             text = f"unknown action: choose one of {', '.join(OWNER_ACTIONS)}"

@@ -191,7 +191,7 @@ class Admin:
         """POST /v1/vehicles: the credentials of a new vehicle; they are shown once and kept nowhere."""
         try:
             new = msgspec.json.decode(await request.body(), type=NewVehicle)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CallerError(f"the body is not an enrolment: {error}") from error
         if new.owner_key and not _PUBLIC_KEY.fullmatch(new.owner_key):
             raise CallerError(
