@@ -97,7 +97,7 @@ def test_a_plain_answer_goes_on_too(tmp_path: Path) -> None:
 
 
 def _generated(world: World, vehicle_id: str) -> int:
-    state = world.cell.scheduler.vehicles[vehicle_id].state
+    state = world.cell.vehicle_state(vehicle_id)
     assert state is not None
     return state.tokens_generated
 

@@ -10,6 +10,7 @@ import pytest
 
 from motorpool import wire
 from motorpool.core import events as ev
+from motorpool.core import granting
 from motorpool.core import scheduler as sch
 from motorpool.core.pricing import Price
 from motorpool.core.scheduler import Scheduler
@@ -115,7 +116,7 @@ def test_a_grant_counts_its_checkpoints_too() -> None:
     scheduler.handle(started(64), 0)
     lease = grants(scheduler.handle(report("v1", 1, slots=32), 0))[0]
     assert len(lease.lines) == 64
-    size = sch.MAX_GRANT_BYTES // 8
+    size = granting.MAX_GRANT_BYTES // 8
     back = msgspec.structs.replace(
         returned(lease, lease.lines, ReturnReason.GUARD, tokens=9), sizes=[size] * len(lease.lines)
     )
@@ -181,7 +182,9 @@ def test_models_that_nobody_has_any_more_are_forgotten() -> None:
     scheduler = Scheduler()
     for seq in range(1, 50):
         scheduler.handle(report("v1", seq, model=f"m{seq}"), seq)
-    assert scheduler._serving == {"m49": 1}
+    assert (scheduler.serving("m49"), scheduler.serving("m48")) == (1, 0)
+    assert len(scheduler.cell.model_names) <= 4, "whatever names a vehicle makes up"
+    scheduler.validate()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from motorpool.core import events as ev
 from motorpool.core import scheduler as sch
 from motorpool.core.carbon import DEFAULT_G_KWH
-from motorpool.core.fleet import BACKOFF_MS
+from motorpool.core.granting import BACKOFF_MS
 from motorpool.core.jobs import DONE
 from motorpool.core.ledger import Transfer
 from motorpool.core.pricing import Price, cost_micro, extend, split, trim
@@ -91,7 +91,7 @@ def test_a_batch_on_one_vehicle_from_start_to_files() -> None:
         ev.Note(subject="batch_1", what="started: 4 lines for m"),
     ]
     commands = scheduler.handle(report("v1", 1), 5)
-    lease = "batch_1-0-1"
+    lease = "batch_1-0-1-0"
     assert commands == [
         ev.SaveRegion(vehicle_id="v1", region="local"),
         ev.Note(subject="v1", what="ready"),

@@ -11,7 +11,7 @@ from tests.test_scheduler import PRICE, grants, of, report, results, returned, s
 
 from motorpool.core import events as ev
 from motorpool.core import scheduler as sch
-from motorpool.core.fleet import BACKOFF_MS
+from motorpool.core.granting import BACKOFF_MS
 from motorpool.core.scheduler import Scheduler
 from motorpool.types import Reason, ReasonCode, ReturnReason, VehicleState
 
@@ -111,11 +111,22 @@ def test_a_lease_that_is_lost_by_a_vehicle_that_stays_is_a_failure() -> None:
 # -- withdrawal --------------------------------------------------------------------------------------------------------
 
 
+NOTHING: tuple[int, int, int, list[ReasonCode]] = (0, 0, 0, [])
+
+
+def kept_of(scheduler: Scheduler) -> tuple[int, int, int, list[ReasonCode]]:
+    """All that the columns could hold of a car: its permit, its stay, its risk, its reasons."""
+    vehicle = scheduler.vehicles["v1"]
+    row = scheduler.cell.t.vehicles[vehicle.row]
+    return int(row["permit_w"]), int(row["stay_min"]), int(row["risk_pct"]), vehicle.reasons
+
+
 def withdrawn(**changes: Any) -> tuple[Scheduler, ev.SendGrant, list[ev.Command]]:
     """A vehicle at work whose owner withdraws the consent."""
     scheduler = Scheduler()
     scheduler.handle(started(4), 0)
-    lease = grants(scheduler.handle(report("v1", 1, soc_pct=55.0, plugged=True, **changes), 0))[0]
+    known: dict[str, Any] = {"permit_w": 130, "stay_bound_ms": 3_600_000, "risk_15min": 0.2}
+    lease = grants(scheduler.handle(report("v1", 1, **known, **changes), 0))[0]
     return scheduler, lease, scheduler.handle(spoke("v1", withdrawn=True), 100)
 
 
@@ -126,24 +137,21 @@ def test_a_withdrawal_ends_every_lease_and_the_story_and_is_told() -> None:
     assert ev.SendOwnerNews(vehicle_id="v1") in commands
     assert not scheduler.may_tell("v1")
     assert scheduler.may_tell("batch_1")
-    state = scheduler.vehicles["v1"].state
-    assert state is not None
-    assert (state.soc_pct, state.plugged) == (None, None), "nothing of the car is kept"
+    assert kept_of(scheduler) == NOTHING
     scheduler.validate()
 
 
 def test_after_a_withdrawal_nothing_is_dispatched_whatever_the_vehicle_says() -> None:
     scheduler, _, commands = withdrawn()
     for seq in range(2, 60):
-        commands += scheduler.handle(report("v1", seq, soc_pct=60.0), seq * 1_000)
+        known: dict[str, Any] = {"permit_w": 120, "stay_bound_ms": 7_200_000, "risk_15min": 0.1}
+        commands += scheduler.handle(report("v1", seq, **known), seq * 1_000)
         commands += scheduler.handle(ev.Ticked(cause_id="t"), seq * 1_000 + 1)
         assert scheduler.place_live("m", frozenset(), seq * 1_000) is None
         assert ev.SendOwnerNews(vehicle_id="v1") in commands, "until it knows"
     assert not grants(commands)
     assert not scheduler.serves("m")
-    state = scheduler.vehicles["v1"].state
-    assert state is not None
-    assert state.soc_pct is None
+    assert kept_of(scheduler) == NOTHING
     scheduler.validate()
 
 

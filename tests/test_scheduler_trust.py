@@ -12,7 +12,8 @@ from tests.test_scheduler import LIMIT_TOKENS, grants, of, report, results, retu
 from motorpool.core import events as ev
 from motorpool.core import scheduler as sch
 from motorpool.core.accepted import MAX_TEMPLATE_TOKENS
-from motorpool.core.fleet import BACKOFF_MS
+from motorpool.core.granting import BACKOFF_MS
+from motorpool.core.kernels import work_of
 from motorpool.core.scheduler import Scheduler
 from motorpool.types import ReturnReason, VehicleState
 
@@ -152,9 +153,9 @@ def test_lines_do_not_stick_to_a_vehicle_that_never_takes_them() -> None:
 def test_speed_is_measured_over_time_and_not_between_two_messages() -> None:
     scheduler, lease = two_vehicles(1_000)
     scheduler.handle(results("good", lease.lease_id, [0]), 10_000)
-    assert scheduler.vehicles["good"].lines_per_s == pytest.approx(0.1)
+    assert scheduler.vehicles["good"].speed == pytest.approx(0.1 * work_of(10, 5))
     scheduler.handle(results("good", lease.lease_id, [1], message_id="m2"), 10_000)
-    assert scheduler.vehicles["good"].lines_per_s == pytest.approx(0.1)
+    assert scheduler.vehicles["good"].speed == pytest.approx(0.1 * work_of(10, 5))
 
 
 def test_a_vehicle_gets_no_more_than_its_part_however_many_slots_it_claims() -> None:
@@ -163,7 +164,7 @@ def test_a_vehicle_gets_no_more_than_its_part_however_many_slots_it_claims() -> 
         scheduler.handle(report(f"good{number}", 1, slots=4), 0)
     scheduler.handle(report("evil", 1, slots=4096), 0)
     first = grants(scheduler.handle(started(10_000), 10))
-    held = {vehicle_id: vehicle.outstanding() for vehicle_id, vehicle in scheduler.vehicles.items()}
+    held = {vehicle_id: vehicle.outstanding for vehicle_id, vehicle in scheduler.vehicles.items()}
     assert held["evil"] <= 1_000
     assert all(held[f"good{number}"] == 8 for number in range(9))
     assert first
@@ -180,13 +181,17 @@ def test_a_grant_of_a_cancelled_job_that_got_lost_is_not_sent_again() -> None:
 
 def test_a_failing_vehicle_waits_longer_each_time_until_something_succeeds() -> None:
     scheduler = Scheduler()
-    scheduler.handle(report("v", 1), 0)
-    vehicle = scheduler.vehicles["v"]
+    scheduler.handle(started(2), 0)
     waits = []
-    for _ in range(12):
-        vehicle.failed(0)
-        waits.append(vehicle.blocked_until_ms)
+    now = 0
+    for turn in range(12):
+        lease = grants(scheduler.handle(report("v", 1 + turn), now))[0]
+        vehicle = scheduler.vehicles["v"]
+        scheduler.handle(results("v", lease.lease_id, lease.lines, statuses=[503] * len(lease.lines)), now)
+        waits.append(vehicle.blocked_until_ms - now)
+        now = vehicle.blocked_until_ms
     assert waits[:4] == [BACKOFF_MS, 2 * BACKOFF_MS, 4 * BACKOFF_MS, 8 * BACKOFF_MS]
     assert waits[-1] == waits[-2] <= 300_000
-    vehicle.succeeded(1, 0)
+    lease = grants(scheduler.handle(report("v", 99), now))[0]
+    scheduler.handle(results("v", lease.lease_id, [0]), now)
     assert vehicle.failures == 0

@@ -11,6 +11,7 @@ from typing import Final
 from motorpool.core import events as ev
 from motorpool.core.attribution import MAX_MESSAGE_UWH, UWH_PER_MWH, co2_ug, split_uwh, weight
 from motorpool.core.jobs import Job
+from motorpool.core.kernels import work_of
 from motorpool.core.ledger import settle
 from motorpool.core.pricing import cost_micro, extend, split, trim
 
@@ -30,6 +31,7 @@ class Accepted:
         self.completed = self.failed = self.prompt = self.cached = self.completion = 0
         self.answered = 0  # also in the negative, as long as it is the customer's fault
         self.overclaimed = 0
+        self.own_work = 0.0  # what this vehicle itself did of the answers
         self.owners: dict[str, int] = {}
         self.others: dict[str, int] = {}
 
@@ -42,8 +44,8 @@ class Accepted:
         self.overclaimed += (prompt, completion) != claimed
         return prompt, completion
 
-    def add(self, job: Job, event: ev.ResultsArrived, place: int) -> None:
-        """This line of the message counts."""
+    def add(self, job: Job, event: ev.ResultsArrived, place: int) -> float:
+        """This line of the message counts; the work tokens of its answer."""
         line = event.lines[place]
         self.picks.append(place)
         if line in job.carried:
@@ -53,7 +55,7 @@ class Accepted:
             self.failed += 1
             self.costs.append(0)
             self.carried.append(0)
-            return
+            return 0.0
         prompt, completion = self._within(job, event, place)
         cost = cost_micro(job.price, prompt, completion)
         self.completed += 1
@@ -65,16 +67,18 @@ class Accepted:
         shares = trim(job.carried.get(line, []), carried) if carried else []
         carried = sum(count for _, count in shares)  # only what somebody is known to have generated
         self.carried.append(carried)
+        self.own_work += work_of(prompt, completion - carried)
         if not shares:
             pool = cost * job.price.owner_share_bp // 10_000
             self.owners[self.vehicle_id] = self.owners.get(self.vehicle_id, 0) + pool
-            return
+            return work_of(prompt, completion)
         for vehicle_id, tokens in shares:
             if vehicle_id != self.vehicle_id:
                 self.others[vehicle_id] = self.others.get(vehicle_id, 0) + tokens
         whole = extend(shares, self.vehicle_id, completion - carried)
         for vehicle_id, amount in split(job.price, cost, prompt, self.vehicle_id, whole).items():
             self.owners[vehicle_id] = self.owners.get(vehicle_id, 0) + amount
+        return work_of(prompt, completion)
 
     def _energy_uwh(self, event: ev.ResultsArrived) -> list[int]:
         """The part of each accepted line in what the vehicle drew for the whole message.

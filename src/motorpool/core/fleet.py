@@ -1,124 +1,231 @@
-"""What the cell knows of each vehicle between two of its reports, and how much work to put before it.
+"""One vehicle or lease of the columns at a time, with names: for tests, pages and whoever asks about a single one.
 
-Decides: whether a vehicle can be given work, and how deep its queue should be. Called by: ``core.scheduler``.
+Called by: ``core.scheduler``, ``server``. Must not: be on a hot path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from motorpool.core.jobs import Job, Lease
-from motorpool.types import VehicleState
-from motorpool.wire import State
+from motorpool.core.cell import Cell
+from motorpool.core.columns import NONE, OFFLINE, SEEN, WITHDRAWAL_SEEN, WITHDRAWN
+from motorpool.core.jobs import Job
+from motorpool.types import ReasonCode, VehicleState
 
-DEPTH_MS: Final = 120_000  # a queue holds at most this much work at the measured speed: long enough for a short outage
-MIN_DEPTH_PER_SLOT: Final = 2  # while one line runs, the next one waits
-MAX_DEPTH_LINES: Final = 16_384
-SPEED_SMOOTHING: Final = 0.3
-MEASURE_MS: Final = 1_000
-MIN_PASSED_MS: Final = 50  # for the first measure, which does not wait so long
-BACKOFF_MS: Final = 2_000  # no grants for so long to a vehicle that has just handed work back
-MAX_DOUBLINGS: Final = 7  # of that, when it fails again and again: four minutes
-_USABLE: Final = frozenset((VehicleState.READY, VehicleState.WORKING))
+STATES: Final = (
+    None,
+    VehicleState.DENIED,
+    VehicleState.STARTING,
+    VehicleState.READY,
+    VehicleState.WORKING,
+    VehicleState.YIELDING,
+)
+NUMBER_OF_STATE: Final = {state: number for number, state in enumerate(STATES) if state is not None}
+REASONS: Final = tuple(ReasonCode)
+BIT_OF_REASON: Final = {code: 1 << bit for bit, code in enumerate(REASONS)}
+UNKNOWN_BOUND: Final = 0xFFFF  # of the stay, in minutes
+
+
+def reasons_of(bits: int) -> list[ReasonCode]:
+    """The codes of a set of bits."""
+    return [code for bit, code in enumerate(REASONS) if bits >> bit & 1]
 
 
 class Vehicle:
-    """One vehicle as the scheduler sees it."""
+    """What the cell knows of one vehicle."""
 
-    __slots__ = (
-        "blocked_until_ms",
-        "counted_as",
-        "failures",
-        "finished",
-        "incarnation",
-        "leases",
-        "lines_per_s",
-        "live",
-        "offline",
-        "paused_until_ms",
-        "region",
-        "result_ms",
-        "seen_ms",
-        "state",
-        "vehicle_id",
-        "withdrawal_seen",
-        "withdrawn",
-    )
+    __slots__ = ("_cell", "row")
 
-    def __init__(self, vehicle_id: str) -> None:
-        self.vehicle_id = vehicle_id
-        self.state: State | None = None
-        self.incarnation = ""
-        self.seen_ms = 0
-        self.offline = True
-        self.leases: dict[str, Lease] = {}
-        self.lines_per_s = 0.0
-        self.result_ms = 0
-        self.finished = 0  # lines since ``result_ms``
-        self.failures = 0  # since its last result
-        self.blocked_until_ms = 0
-        self.counted_as: str | None = None
-        self.live = 0  # live requests placed here and not ended
-        self.region = ""
-        self.paused_until_ms = 0  # by the owner's word to the cell
-        self.withdrawn = False  # the owner has taken the consent back
-        self.withdrawal_seen = False  # and the vehicle knows it
+    def __init__(self, cell: Cell, row: int) -> None:
+        self._cell = cell
+        self.row = row
+
+    def _number(self, column: str) -> int:
+        return int(self._cell.t.vehicles[column][self.row])
 
     @property
-    def slots(self) -> int:
-        """How many attempts its engine runs at once."""
-        return max(1, self.state.slots) if self.state else 1
+    def vehicle_id(self) -> str:
+        """Its name."""
+        return self._cell.ids.name(self.row)
+
+    @property
+    def incarnation(self) -> str:
+        """Of its agent, as it last said."""
+        return incarnation(self._cell, self.row)
+
+    @property
+    def state(self) -> VehicleState | None:
+        """What it last said that it does, None if it has never said anything since the start."""
+        return STATES[self._number("state")]
+
+    @property
+    def reasons(self) -> list[ReasonCode]:
+        """Why it may not work."""
+        return reasons_of(self._number("reasons"))
+
+    @property
+    def model(self) -> str | None:
+        """What it has loaded."""
+        row = self._number("model")
+        return None if row == NONE else self._cell.model_names[row]
+
+    @property
+    def region(self) -> str:
+        """Where its energy comes from."""
+        return self._cell.region_name(self._number("region"))
+
+    @property
+    def offline(self) -> bool:
+        """Whether it is taken for gone."""
+        return bool(self._number("flags") & OFFLINE)
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether its owner has taken the consent back."""
+        return bool(self._number("flags") & WITHDRAWN)
+
+    @property
+    def withdrawal_seen(self) -> bool:
+        """Whether the vehicle knows it."""
+        return bool(self._number("flags") & WITHDRAWAL_SEEN)
 
     @property
     def present(self) -> bool:
         """Whether it is here and permitted."""
-        return not self.offline and not self.withdrawn and self.permitted
-
-    @property
-    def permitted(self) -> bool:
-        """Whether it says itself that it may work."""
-        return self.state is not None and self.state.state in _USABLE
+        return bool(self._cell.k.present(self._cell.t, self.row))
 
     def usable(self, now_ms: int) -> bool:
         """Whether it can be given work: present, not paused by its owner, and it has not just handed some back."""
-        return self.present and now_ms >= max(self.blocked_until_ms, self.paused_until_ms)
+        return not self._cell.k.why_not(self._cell.t, self.row, now_ms)
 
+    @property
+    def seq(self) -> int:
+        """Of its last report, within its incarnation."""
+        return self._number("seq")
+
+    @property
+    def seen_ms(self) -> int:
+        """When it last reported."""
+        return self._number("seen_ms")
+
+    @property
+    def blocked_until_ms(self) -> int:
+        """No work before: it has just handed some back."""
+        return self._number("blocked_until_ms")
+
+    @property
+    def paused_until_ms(self) -> int:
+        """No work before, by its owner's word to the cell."""
+        return self._number("paused_until_ms")
+
+    @property
+    def failures(self) -> int:
+        """Since its last result."""
+        return self._number("failures")
+
+    @property
+    def live(self) -> int:
+        """Live requests placed here and not ended."""
+        return self._number("live")
+
+    @property
     def outstanding(self) -> int:
         """Lines that it holds."""
-        return sum(len(lease.lines) for lease in self.leases.values())
+        return self._number("outstanding")
 
-    def wait(self, now_ms: int, times: int = 1) -> None:
-        """Give it nothing for a while."""
-        self.blocked_until_ms = max(self.blocked_until_ms, now_ms + BACKOFF_MS * times)
+    @property
+    def speed(self) -> float:
+        """Measured, in work tokens a second; 0 while unknown."""
+        return float(self._cell.t.vehicles["speed"][self.row])
 
-    def failed(self, now_ms: int) -> None:
-        """It had work and nothing came of it: wait, twice as long each time."""
-        self.wait(now_ms, times=1 << min(self.failures, MAX_DOUBLINGS))
-        self.failures += 1
+    @property
+    def leases(self) -> list[int]:
+        """The rows of its leases."""
+        return self._cell.leases_of(self.row)
 
-    def succeeded(self, lines: int, now_ms: int) -> None:
-        """Lines of it were accepted: smooth lines per second from them, not from claims, about once a second."""
-        self.failures = 0
-        self.finished += lines
-        since = max(self.result_ms, min((lease.granted_ms for lease in self.leases.values()), default=now_ms))
-        passed_ms = now_ms - since
-        if passed_ms < MEASURE_MS and self.lines_per_s > 0:
-            return
-        rate = self.finished * 1000 / max(passed_ms, MIN_PASSED_MS)
-        known = self.lines_per_s
-        self.lines_per_s = rate if known == 0 else (1 - SPEED_SMOOTHING) * known + SPEED_SMOOTHING * rate
-        self.result_ms, self.finished = now_ms, 0
 
-    def depth(self, job: Job, vehicles: int) -> int:
-        """How many lines of ``job`` it should hold when ``vehicles`` share the job.
+class Lease:
+    """The right of one vehicle to run some lines of one job."""
 
-        Two for each slot at first; then two minutes of work at its measured speed; near the end of a job no more than
-        half of its fair part of what is left, so that all finish together (guided self-scheduling).
-        """
-        by_speed = int(self.lines_per_s * DEPTH_MS / 1000)
-        fair = -(-job.pending // (2 * max(1, vehicles)))
-        # However many slots it claims to have: no more than its part of the whole.
-        least = min(self.slots * MIN_DEPTH_PER_SLOT, MAX_DEPTH_LINES, -(-job.pending // max(1, vehicles)))
-        if job.pending < vehicles * least:
-            least = min(self.slots, least)
-        return max(min(by_speed, fair, MAX_DEPTH_LINES), least)
+    __slots__ = ("_cell", "job", "lease_id", "row")
+
+    def __init__(self, cell: Cell, row: int, lease_id: str, job: Job) -> None:
+        self._cell = cell
+        self.row = row
+        self.lease_id = lease_id
+        self.job = job
+
+    @property
+    def vehicle_id(self) -> str:
+        """Who holds it."""
+        return self._cell.ids.name(int(self._cell.t.leases["vehicle"][self.row]))
+
+    @property
+    def lines(self) -> list[int]:
+        """Those that have not ended."""
+        return self.job.lines_of(self.row)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the vehicle has said that it holds it."""
+        return bool(self._cell.t.leases["flags"][self.row] & SEEN)
+
+
+class Vehicles(Mapping[str, Vehicle]):
+    """All vehicles by their names."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+
+    def __getitem__(self, vehicle_id: str) -> Vehicle:
+        row = self._cell.find(vehicle_id)
+        if row < 0:
+            raise KeyError(vehicle_id)
+        return Vehicle(self._cell, row)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._cell.ids.name(row) for row in self._cell.ids)
+
+    def __len__(self) -> int:
+        return len(self._cell.ids)
+
+
+class Leases(Mapping[str, Lease]):
+    """All leases by their names. ``find`` gives the row of one or NONE, ``name`` the name of a row."""
+
+    def __init__(
+        self, cell: Cell, find: Callable[[str], int], name: Callable[[int], str], job: Callable[[int], Job]
+    ) -> None:
+        self._cell = cell
+        self._find = find
+        self._name = name
+        self._job = job
+
+    def __getitem__(self, lease_id: str) -> Lease:
+        row = self._find(lease_id)
+        if row < 0:
+            raise KeyError(lease_id)
+        return Lease(self._cell, row, lease_id, self._job(row))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._name(int(row)) for row in self._cell.all_leases())
+
+    def __len__(self) -> int:
+        return int((self._cell.t.leases["number"] != NONE).sum())
+
+
+def incarnation(cell: Cell, row: int) -> str:
+    """Of a vehicle's agent: short ones stand in the table, others beside it."""
+    return cell.long_incarnations.get(row) or bytes(cell.t.vehicles["incarnation"][row]).decode()
+
+
+def set_incarnation(cell: Cell, row: int, value: str) -> None:
+    """Remember it."""
+    raw = value.encode()
+    fits = len(raw) <= cell.t.vehicles["incarnation"].itemsize and b"\0" not in raw
+    cell.t.vehicles["incarnation"][row] = raw if fits else b""
+    if fits:
+        cell.long_incarnations.pop(row, None)
+    else:
+        cell.long_incarnations[row] = value

@@ -1,7 +1,7 @@
-"""A job and its lines in columns, and the leases that vehicles hold on them.
+"""A job and its lines in columns.
 
-About 13 bytes a line: state, length, limit of its tokens, holder. Lines never granted are those from ``cursor`` on;
-lines that came back wait in ``again``, lowest first, and go before them.
+About 13 bytes a line: state, length, limit of its tokens, row of the lease that holds it. Lines never granted are those
+from ``cursor`` on; lines that came back wait in ``again``, lowest first, and go before them.
 
 Called by: ``core.scheduler``.
 """
@@ -14,6 +14,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from motorpool.core.cell import Cell
+from motorpool.core.columns import NEVER, SHADOW
 from motorpool.core.pricing import Price, Shares
 from motorpool.types import Kind
 
@@ -23,60 +25,12 @@ DONE: Final = 2
 NOBODY: Final = -1
 
 
-class Lease:
-    """The right of one vehicle to run some lines of one job until ``expires_ms``; ``lines`` shrinks as they end."""
-
-    __slots__ = (
-        "base",
-        "excused",
-        "expires_ms",
-        "granted_ms",
-        "incarnation",
-        "job",
-        "lease_id",
-        "lines",
-        "missing_ms",
-        "number",
-        "seen",
-        "sent_ms",
-        "sent_times",
-        "vehicle_id",
-    )
-
-    def __init__(
-        self,
-        *,
-        number: int,
-        lease_id: str,
-        job: Job,
-        vehicle_id: str,
-        incarnation: str,
-        lines: set[int],
-        base: dict[int, int],
-        granted_ms: int,
-        expires_ms: int,
-    ) -> None:
-        self.number = number
-        self.lease_id = lease_id
-        self.job = job
-        self.vehicle_id = vehicle_id
-        self.incarnation = incarnation
-        self.lines = lines
-        self.base = base
-        self.granted_ms = granted_ms
-        self.expires_ms = expires_ms
-        self.seen = False  # the vehicle has said that it holds it
-        self.sent_ms = granted_ms
-        self.sent_times = 1
-        self.missing_ms: int | None = None  # since when the vehicle does not say so any more
-        self.excused = False  # it went missing because the owner took the car: no fault of the vehicle's
-
-
 class Job:
-    """One batch in progress."""
+    """One batch in progress: its lines here, what is reckoned with in its row of the cell's table."""
 
     def __init__(
         self,
+        cell: Cell,
         *,
         job_no: int,
         job_id: str,
@@ -102,8 +56,7 @@ class Job:
         self.holder = np.full(self.total, NOBODY, dtype=np.int32)
         self.cursor = 0
         self.again: list[int] = []
-        self.done = 0
-        self.leased = 0
+        self.shadows: dict[int, int] = {}  # lines that run a second time: the row of the lease
         self.strikes: dict[int, list[str]] = {}  # the vehicles that failed over a line, in order
         self.overruns: dict[int, int] = {}  # how often a lease was over before a line showed one more token
         self.held: dict[int, tuple[str, ...]] = {}  # the vehicles that a line was taken from; they may still finish it
@@ -114,6 +67,49 @@ class Job:
         self.lines_per_s = 0.0  # over all vehicles, smoothed, for the estimate of the time left
         self.rate_at_ms = 0
         self.rate_done = 0
+        self._cell = cell
+        self.row = cell.job()
+        self._enter(cell, limits)
+
+    def _enter(self, cell: Cell, limits: npt.NDArray[np.uint32]) -> None:
+        model, tenant = cell.model(self.model), cell.tenant(self.account)
+        t, row = cell.t, self.row
+        t.jobs[row] = np.zeros(1, t.jobs.dtype)[0]
+        t.jobs["job_no"][row] = self.job_no
+        t.jobs["expires_ms"][row] = self.expires_ms
+        t.jobs["model"][row] = model
+        t.jobs["tenant"][row] = tenant
+        t.jobs["total"][row] = self.total
+        t.jobs["slack_ms"][row] = NEVER
+        t.jobs["bid_micro_kwh"][row] = np.inf  # whatever energy costs, unless it may wait for cheaper hours
+        usual = float(t.models["work_per_line"][model])
+        t.jobs["work_per_line"][row] = min(usual, float(limits.mean())) if len(limits) else usual
+        t.models["jobs"][model] += 1
+        had = t.tenants["used"][: len(cell.tenant_names)]
+        busy = t.tenants["active"][: len(cell.tenant_names)] > 0
+        if t.tenants["active"][tenant] == 0 and busy.any():  # who comes back has saved up nothing
+            t.tenants["used"][tenant] = max(float(t.tenants["used"][tenant]), float(had[busy].min()))
+        t.tenants["active"][tenant] += 1
+
+    def leave(self) -> None:
+        """Give the row back: the job is over."""
+        t, row = self._cell.t, self.row
+        model = int(t.jobs["model"][row])
+        t.models["jobs"][model] -= 1
+        if t.jobs["done"][row] and t.jobs["done_work"][row] > 0:
+            t.models["work_per_line"][model] = t.jobs["work_per_line"][row]
+        t.tenants["active"][int(t.jobs["tenant"][row])] -= 1
+        self._cell.free_jobs.append(row)
+
+    @property
+    def done(self) -> int:
+        """Lines that have ended."""
+        return int(self._cell.t.jobs["done"][self.row])
+
+    @property
+    def leased(self) -> int:
+        """Lines that a vehicle holds."""
+        return int(self._cell.t.jobs["leased"][self.row])
 
     @property
     def pending(self) -> int:
@@ -121,9 +117,9 @@ class Job:
         return self.total - self.done - self.leased
 
     def take(self, count: int, max_bytes: int) -> list[int]:
-        """Up to ``count`` pending lines of at most ``max_bytes`` together (but at least one), now LEASED.
+        """Up to ``count`` pending lines of at most ``max_bytes`` together (but at least one), in ascending parts.
 
-        A line counts with its checkpoint: both travel in one message.
+        The caller leases them. A line counts with its checkpoint: both travel in one message.
         """
         taken: list[int] = []
         size = 0
@@ -139,10 +135,24 @@ class Job:
             taken.append(line)
         if len(taken) < count and self.cursor < self.total and size <= max_bytes:
             taken.extend(self._take_fresh(count - len(taken), max_bytes - size, must=not taken))
-        if taken:
-            self.state[taken] = LEASED
-            self.leased += len(taken)
         return taken
+
+    def lease(self, lines: list[int], row: int) -> None:
+        """These lines are held under the lease of this row from now on; the row's counts are the caller's."""
+        self.state[lines] = LEASED
+        self.holder[lines] = row
+        first, last = min(lines), max(lines)
+        leases = self._cell.t.leases
+        leases["first"][row], leases["span"][row] = first, last + 1 - first
+
+    def lines_of(self, row: int) -> list[int]:
+        """The lines that a lease still holds."""
+        leases = self._cell.t.leases
+        if leases["flags"][row] & SHADOW:
+            return sorted(line for line, shadow in self.shadows.items() if shadow == row)
+        first = int(leases["first"][row])
+        window = self.holder[first : first + int(leases["span"][row])]
+        return (np.flatnonzero(window == row) + first).tolist()
 
     def _take_fresh(self, count: int, max_bytes: int, *, must: bool) -> list[int]:
         window = self.lengths[self.cursor : self.cursor + count].astype(np.int64)
@@ -155,16 +165,8 @@ class Job:
     def restore(self, done: npt.NDArray[np.int64]) -> None:
         """After a restart: these lines have ended. ``restore_lease`` and ``requeue`` follow."""
         self.state[done] = DONE
-        self.done = len(done)
+        self._cell.t.jobs["done"][self.row] = len(done)
         self.cursor = self.total
-
-    def restore_lease(self, lease: Lease) -> None:
-        """After a restart: a lease from the books holds those of its lines that have not ended."""
-        lease.lines = {line for line in lease.lines if self.state[line] == PENDING}
-        held = sorted(lease.lines)
-        self.state[held] = LEASED
-        self.holder[held] = lease.number
-        self.leased += len(held)
 
     def requeue(self) -> None:
         """After a restart: what has not ended and is in no lease waits."""
@@ -176,15 +178,15 @@ class Job:
             self.state[line] = PENDING
             self.holder[line] = NOBODY
             heapq.heappush(self.again, line)
-        self.leased -= len(lines)
+        self._cell.t.jobs["leased"][self.row] -= len(lines)
 
-    def finish(self, line: int) -> None:
-        """A line has ended, whether it was leased or waiting."""
+    def finish(self, line: int, work: float = 0.0) -> None:
+        """A line has ended, whether it was leased or waiting, and took so much work."""
         if self.state[line] == LEASED:
-            self.leased -= 1
+            self._cell.t.jobs["leased"][self.row] -= 1
         self.state[line] = DONE
         self.holder[line] = NOBODY
-        self.done += 1
+        self._cell.k.finished(self._cell.t, self.row, 1, work)
         self.carried.pop(line, None)
         self.checkpoint_bytes.pop(line, None)
         self.strikes.pop(line, None)
@@ -213,41 +215,3 @@ class Job:
         fresh = set(np.flatnonzero(self.state[self.cursor :] == PENDING) + self.cursor)
         assert len(waiting) == sum(1 for line in self.again if self.state[line] == PENDING), "a line waits twice"
         assert len(waiting | fresh) == self.pending, "a pending line would never be granted"
-
-
-class Waiting:
-    """The jobs that may have waiting lines, the most urgent of each model first; those that have none go later."""
-
-    def __init__(self) -> None:
-        self._heaps: dict[str, list[tuple[int, int]]] = {}
-        self._jobs: dict[int, Job] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._jobs)
-
-    def __contains__(self, job: Job) -> bool:
-        return job.job_no in self._jobs
-
-    def add(self, job: Job) -> None:
-        """This job has waiting lines (again)."""
-        if job.pending > 0 and job.job_no not in self._jobs:
-            self._jobs[job.job_no] = job
-            heapq.heappush(self._heaps.setdefault(job.model, []), (job.expires_ms, job.job_no))
-
-    def drop(self, job: Job) -> None:
-        """This job is over."""
-        self._jobs.pop(job.job_no, None)
-        if not self._jobs:
-            self._heaps.clear()
-
-    def first(self, model: str | None) -> Job | None:
-        """The most urgent job of a model that has waiting lines and is not cancelled."""
-        heap = self._heaps.get(model or "")
-        while heap:
-            job = self._jobs.get(heap[0][1])
-            if job is not None and job.pending > 0 and job.cancelling_ms is None:
-                return job
-            _, number = heapq.heappop(heap)
-            self._jobs.pop(number, None)
-        self._heaps.pop(model or "", None)
-        return None

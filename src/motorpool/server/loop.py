@@ -35,6 +35,7 @@ from motorpool.server.entries import Entry, InputFile, log_foreign, progress_ent
 from motorpool.server.live import LiveDesk
 from motorpool.server.news import OwnerNews
 from motorpool.server.openai.lines import parse_line
+from motorpool.server.reports import Reports
 from motorpool.server.writing import write
 from motorpool.store import books, owners
 from motorpool.store.blobs import BlobStore
@@ -79,6 +80,7 @@ class CellLoop:
         self.scheduler = Scheduler()
         self.desk = LiveDesk(self)
         self.news = OwnerNews(self, currency)
+        self.reports = Reports()
         self.enrolled: set[str] = set()
         self._link: CellLink | None = None
         self._inbox: deque[Entry] = deque()
@@ -158,7 +160,7 @@ class CellLoop:
     def vehicle_state(self, vehicle_id: str) -> wire.State | None:
         """The last report of a vehicle; see ``Cell.vehicle_state``."""
         vehicle = self.scheduler.vehicles.get(vehicle_id)
-        return None if vehicle is None or vehicle.offline else vehicle.state
+        return None if vehicle is None or vehicle.offline else self.reports.get(vehicle_id)
 
     async def owner_spoke(self, vehicle_id: str, what: str, *, cause: str = "owner") -> None:
         """Do as the owner's word in the books says; see ``Cell.owner_spoke``."""
@@ -166,6 +168,8 @@ class CellLoop:
         if row is None:
             return
         withdrawn, paused_until_ms = row["withdrawn_ms"] is not None, row["paused_until_ms"]
+        if withdrawn:
+            self.reports.withdraw(vehicle_id)
         if withdrawn or paused_until_ms > self.now_ms():
             self.desk.on_struck_off(vehicle_id)  # live requests go on elsewhere
         spoke = ev.OwnerSpoke(
@@ -195,6 +199,7 @@ class CellLoop:
     def strike_off(self, vehicle_id: str) -> None:
         """A vehicle was revoked in the books: it gets nothing more, and nothing that it sends is accepted."""
         self.enrolled.discard(vehicle_id)
+        self.reports.forget(vehicle_id)
         self.desk.on_struck_off(vehicle_id)
         self.post(ev.VehicleRevoked(cause_id="operator", vehicle_id=vehicle_id))
 
@@ -412,6 +417,8 @@ class CellLoop:
                 result, error = self._change(db, entry.change)
             if entry.event is not None and error is None:
                 acts += self._apply(self.scheduler.handle(entry.event, now), entry, db, now)
+                if isinstance(entry.event, ev.VehicleReported):
+                    self._keep_report(entry.event)
             if entry.done is not None:
                 answers.append((entry.done, result, error))
         if db.total_changes != self._changes:
@@ -430,6 +437,11 @@ class CellLoop:
         for entry in entries:
             if entry.message is not None:
                 await entry.message.acknowledge()
+
+    def _keep_report(self, event: ev.VehicleReported) -> None:
+        vehicle = self.scheduler.vehicles.get(event.vehicle_id)
+        if vehicle is not None and (vehicle.incarnation, vehicle.seq) == (event.state.incarnation, event.state.seq):
+            self.reports.take(event.vehicle_id, event.state, withdrawn=vehicle.withdrawn)
 
     def _change(
         self, db: sqlite3.Connection, change: Callable[[sqlite3.Connection], Any]

@@ -91,7 +91,7 @@ class Admin:
         views = []
         for row in books.list_vehicles(self._cell.reader):
             known = self._cell.scheduler.vehicles.get(row["vehicle_id"])
-            state = known.state if known is not None and not known.offline else None
+            state = self._cell.vehicle_state(row["vehicle_id"])
             views.append(
                 VehicleView(
                     vehicle_id=row["vehicle_id"],

@@ -1,0 +1,202 @@
+"""The columns of one cell and the names of their rows: what the scheduler and the simulator hold in common.
+
+Called by: ``core.scheduler``, ``sim``. Must not: decide; ``core.kernels`` does, which ``k`` names, plain or compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from motorpool.core import kernels
+from motorpool.core.columns import (
+    JOB,
+    LEASE,
+    MAX_REGIONS,
+    MODEL,
+    NONE,
+    RISK_BUCKETS,
+    SITE,
+    TENANT,
+    VEHICLE,
+    Ints,
+    Tables,
+    empty,
+    grown,
+)
+from motorpool.core.ids import Ids
+from motorpool.core.jit import compiled
+
+FIRST_ROWS: Final = 64
+LEASE_ROWS: Final = (1 << kernels.LEASE_ROW_BITS) - 1
+_REGIONS: Final = MAX_REGIONS + 1
+
+
+class Cell:
+    """Tables that grow, and the names of vehicles, models, regions, customers and sites.
+
+    ``fast``: compiled kernels, which pay from some thousand vehicles on; the results are the same.
+    """
+
+    def __init__(self, *, fast: bool = False) -> None:
+        self.k: Any = compiled(kernels) if fast else kernels
+        self.ids = Ids()
+        self.model_names: list[str] = []
+        self.region_names: list[str] = [""]  # where a vehicle is that has not said it
+        self.tenant_names: list[str] = []
+        self.site_names: list[str] = [""]
+        self._models: dict[str, int] = {}
+        self._regions: dict[str, int] = {"": 0}
+        self._tenants: dict[str, int] = {}
+        self._sites: dict[str, int] = {"": 0}
+        self.out: Ints = np.zeros(2, np.int64)
+        self.t = Tables(
+            vehicles=empty(VEHICLE, FIRST_ROWS),
+            leases=_leases(FIRST_ROWS),
+            jobs=empty(JOB, FIRST_ROWS),
+            tenants=empty(TENANT, 8),
+            models=empty(MODEL, 4),
+            sites=empty(SITE, 8),
+            order=np.zeros(FIRST_ROWS, np.int32),
+            buckets=np.full(4 * _REGIONS * RISK_BUCKETS, NONE, np.int32),
+            prices=np.full(_REGIONS, NONE, np.int32),
+            free=np.array([0, 0], np.int64),
+        )
+        self.long_incarnations: dict[int, str] = {}  # those that do not fit the table
+        self.free_jobs: list[int] = list(range(FIRST_ROWS - 1, -1, -1))
+
+    def hurry(self) -> None:
+        """Go on with compiled kernels."""
+        self.k = compiled(kernels)
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def vehicle(self, vehicle_id: str) -> int:
+        """The row of a vehicle, a new one if it is not known."""
+        row = self.ids.add(vehicle_id)
+        if row >= len(self.t.vehicles):
+            self.t = self.t._replace(vehicles=grown(self.t.vehicles, _more(len(self.t.vehicles))))
+        return row
+
+    def find(self, vehicle_id: str) -> int:
+        """The row of a vehicle, or NONE."""
+        return self.ids.find(vehicle_id)
+
+    def model(self, name: str) -> int:
+        """The row of a model."""
+        known = self._models.get(name)
+        if known is not None:
+            return known
+        if len(self.model_names) == len(self.t.models):
+            unused = np.flatnonzero((self.t.models["serving"] == 0) & (self.t.models["jobs"] == 0))
+            if len(unused):  # vehicles may claim any name: what nobody serves or asks for gives its row away
+                row = int(unused[0])
+                del self._models[self.model_names[row]]
+                self.model_names[row] = name
+                self._models[name] = row
+                return row
+        row = _numbered(name, self._models, self.model_names)
+        if row >= len(self.t.models):
+            models = 2 * len(self.t.models)
+            buckets = np.full(models * _REGIONS * RISK_BUCKETS, NONE, np.int32)
+            buckets[: len(self.t.buckets)] = self.t.buckets
+            self.t = self.t._replace(models=grown(self.t.models, models), buckets=buckets)
+        return row
+
+    def find_model(self, name: str) -> int:
+        """The row of a model, or NONE."""
+        return self._models.get(name, NONE)
+
+    def region(self, name: str) -> int:
+        """The number of a region; those beyond MAX_REGIONS share the last one, which no residency names."""
+        if name not in self._regions and len(self.region_names) >= MAX_REGIONS:
+            return MAX_REGIONS
+        return _numbered(name, self._regions, self.region_names)
+
+    def region_name(self, row: int) -> str:
+        """What a region is called."""
+        return self.region_names[row] if row < len(self.region_names) else ""
+
+    def tenant(self, name: str) -> int:
+        """The row of a customer."""
+        row = _numbered(name, self._tenants, self.tenant_names)
+        if row >= len(self.t.tenants):
+            self.t = self.t._replace(tenants=grown(self.t.tenants, 2 * len(self.t.tenants)))
+        if self.t.tenants["weight"][row] == 0:
+            self.t.tenants["weight"][row] = 1.0
+        return row
+
+    def site(self, name: str) -> int:
+        """The row of a site; 0 stands for none."""
+        row = _numbered(name, self._sites, self.site_names)
+        if row >= len(self.t.sites):
+            self.t = self.t._replace(sites=grown(self.t.sites, 2 * len(self.t.sites)))
+        return row
+
+    def job(self) -> int:
+        """A free row for a job."""
+        if not self.free_jobs:
+            rows = len(self.t.jobs)
+            self.t = self.t._replace(
+                jobs=grown(self.t.jobs, 2 * rows), order=np.concatenate((self.t.order, np.zeros(rows, np.int32)))
+            )
+            self.free_jobs = list(range(2 * rows - 1, rows - 1, -1))
+        return self.free_jobs.pop()
+
+    def lease(self, v: int, j: int, count: int, work: float, *, now_ms: int, expires_ms: int) -> int:
+        """A new lease; its row."""
+        row = int(self.k.open_lease(self.t, v, j, count, work, now_ms, expires_ms))
+        if row != NONE:
+            return row
+        rows = len(self.t.leases)
+        leases = grown(self.t.leases, min(_more(rows), LEASE_ROWS))
+        leases["next"][rows:-1] = np.arange(rows + 1, len(leases))
+        self.t.free[0] = rows
+        self.t = self.t._replace(leases=leases)
+        return int(self.k.open_lease(self.t, v, j, count, work, now_ms, expires_ms))
+
+    def leases_of(self, v: int) -> list[int]:
+        """The rows of a vehicle's leases, oldest first."""
+        rows = []
+        row = int(self.t.vehicles["lease"][v])
+        while row != NONE:
+            rows.append(row)
+            row = int(self.t.leases["next"][row])
+        return rows[::-1]
+
+    def all_leases(self) -> npt.NDArray[np.int64]:
+        """The rows of all leases, in the order of their making."""
+        rows = np.flatnonzero(self.t.leases["number"] != NONE)
+        return rows[np.argsort(self.t.leases["number"][rows], kind="stable")]
+
+    def forget_vehicle(self, v: int) -> None:
+        """A vehicle that has no lease any more leaves the tables."""
+        self.ids.remove(v)
+        self.long_incarnations.pop(v, None)
+        self.t.vehicles[v : v + 1] = empty(VEHICLE, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns and the names of vehicles."""
+        return sum(table.nbytes for table in self.t) + self.ids.nbytes
+
+
+def _more(rows: int) -> int:
+    """Half as much again: what stands empty costs memory too."""
+    return rows + max(FIRST_ROWS, rows // 2)
+
+
+def _leases(rows: int) -> npt.NDArray[Any]:
+    table = empty(LEASE, rows)
+    table["next"][:-1] = np.arange(1, rows)
+    return table
+
+
+def _numbered(name: str, numbers: dict[str, int], names: list[str]) -> int:
+    number = numbers.get(name)
+    if number is None:
+        number = numbers[name] = len(names)
+        names.append(name)
+    return number

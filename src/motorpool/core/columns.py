@@ -1,0 +1,179 @@
+"""The state of a cell in columns: one row a vehicle, lease, job, tenant, model and site, in numpy arrays of records.
+
+A row of a vehicle is 128 bytes, whatever the vehicle does. Units stand in the names; times are milliseconds since 1970;
+speeds are work tokens a second: a generated token counts 1, a token of a prompt 1/8, for reading is so much cheaper
+than writing.
+
+Called by: ``core.kernels`` and the tables around it. Must not: hold anything that a vehicle keeps to itself (place,
+identity of the car, trips).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Records = npt.NDArray[Any]  # of one of the types below
+Ints = npt.NDArray[np.int64]
+
+# States of a vehicle; the order is that of the wire's.
+AWAY: Final = 0  # never heard of since the start
+DENIED: Final = 1
+STARTING: Final = 2
+READY: Final = 3
+WORKING: Final = 4
+YIELDING: Final = 5
+
+# Flags of a vehicle.
+OFFLINE: Final = 1
+WITHDRAWN: Final = 2  # the owner has taken the consent back
+WITHDRAWAL_SEEN: Final = 4  # and the vehicle knows it
+RESERVE: Final = 8  # paid for by the operator: it works only on what is behind
+DRAWING: Final = 16  # counted in its site's power
+
+# Flags of a lease.
+SEEN: Final = 1  # the vehicle has said that it holds it
+EXCUSED: Final = 2  # that it went missing is no fault of the vehicle's: its owner took the car
+SHADOW: Final = 4  # it runs lines a second time that another vehicle is late with
+RECALLED: Final = 8  # what it has not begun was asked back
+
+# Flags of a job.
+CANCELLING: Final = 1
+BEHIND: Final = 4  # at the cell's present speed it would miss its time
+IN_ORDER: Final = 16  # the last plan has it
+RELAXED: Final = 8  # it has time enough to wait for cheaper hours and to let others go first
+
+NONE: Final = -1
+NEVER: Final = 1 << 60
+ANY_REGION: Final = 0  # as a mask: every region will do
+MAX_REGIONS: Final = 63
+RISK_BUCKETS: Final = 4
+
+VEHICLE: Final = np.dtype(
+    [
+        ("seq", np.int64),
+        ("seen_ms", np.int64),
+        ("result_ms", np.int64),
+        ("blocked_until_ms", np.int64),
+        ("paused_until_ms", np.int64),
+        ("reasons", np.uint64),  # one bit a code
+        ("incarnation", "S16"),
+        ("speed", np.float32),  # measured, 0 while unknown
+        ("finished", np.float32),  # work since ``result_ms``
+        ("queued_work", np.float32),  # that it holds
+        ("counted_mtok_s", np.int32),  # its part of its model's speed
+        ("counted_model", np.int32),  # the model whose counts hold it, or NONE
+        ("model", np.int32),
+        ("lease", np.int32),  # the first of its leases
+        ("outstanding", np.int32),  # lines that it holds
+        ("next", np.int32),  # of its bucket
+        ("previous", np.int32),
+        ("bucket", np.int32),
+        ("site", np.uint16),
+        ("slots", np.uint16),
+        ("live", np.uint16),  # live requests placed here and not ended
+        ("permit_w", np.uint16),
+        ("stay_min", np.uint16),
+        ("outage_s", np.uint16),  # nine tenths of its silences are shorter
+        ("region", np.uint8),
+        ("risk_pct", np.uint8),  # of leaving within 15 minutes
+        ("state", np.uint8),
+        ("flags", np.uint8),
+        ("failures", np.uint8),  # since its last result
+        ("trust", np.uint8),
+        ("memory_gb", np.uint8),
+        ("spare", np.uint8),
+    ],
+    align=True,
+)
+LEASE: Final = np.dtype(
+    [
+        ("number", np.int64),  # unique within an epoch; NONE: the row is free
+        ("granted_ms", np.int64),
+        ("expires_ms", np.int64),
+        ("sent_ms", np.int64),
+        ("missing_ms", np.int64),  # since when its vehicle does not hold it any more, or NONE
+        ("work", np.float32),  # of the lines that are left
+        ("vehicle", np.int32),
+        ("job", np.int32),
+        ("first", np.int32),  # the lowest of its lines
+        ("span", np.int32),  # and how far they reach
+        ("left", np.int32),
+        ("next", np.int32),  # of its vehicle, or of the free rows
+        ("sends", np.uint8),
+        ("flags", np.uint8),
+    ],
+    align=True,
+)
+JOB: Final = np.dtype(
+    [
+        ("job_no", np.int64),
+        ("expires_ms", np.int64),
+        ("slack_ms", np.int64),  # time to spare at the cell's speed, those that end sooner served first
+        ("done_work", np.float64),
+        ("work_per_line", np.float32),
+        ("bid_micro_kwh", np.float32),  # what it would pay for energy now rather than later
+        ("model", np.int32),
+        ("tenant", np.int32),
+        ("total", np.int32),
+        ("done", np.int32),
+        ("leased", np.int32),
+        ("regions", np.uint64),  # a mask of where it may run
+        ("min_trust", np.uint8),
+        ("memory_gb", np.uint8),
+        ("flags", np.uint8),
+    ],
+    align=True,
+)
+TENANT: Final = np.dtype([("used", np.float64), ("weight", np.float32), ("active", np.int32)], align=True)
+MODEL: Final = np.dtype(
+    [
+        ("waiting_work", np.float64),  # of its jobs, at the last plan and less what was granted since
+        ("mtok_s", np.int64),  # speed of the present vehicles, thousandths of a work token a second
+        ("serving", np.int32),  # present vehicles that have it loaded
+        ("measured", np.int32),  # of these, with a known speed
+        ("first", np.int32),  # where its jobs begin in the order
+        ("count", np.int32),
+        ("jobs", np.int32),  # in progress
+        ("work_per_line", np.float32),  # as jobs of it have shown, 0 while unknown
+    ],
+    align=True,
+)
+SITE: Final = np.dtype(
+    [("limit_w", np.int32), ("used_w", np.int32), ("limit_vehicles", np.int32), ("working", np.int32)], align=True
+)
+
+
+class Tables(NamedTuple):
+    """All of it; kernels take this. ``order``: job rows, each model's together, the next to serve first."""
+
+    vehicles: Records
+    leases: Records
+    jobs: Records
+    tenants: Records
+    models: Records
+    sites: Records
+    order: npt.NDArray[np.int32]
+    buckets: npt.NDArray[np.int32]  # the first vehicle of each, by (model, region, risk)
+    prices: npt.NDArray[np.int32]  # micro a kWh now, by region
+    free: Ints  # [0] the first free lease row, [1] how many leases were made
+
+
+def empty(dtype: np.dtype[Any], rows: int) -> Records:
+    """Rows that mean nothing yet."""
+    table = np.zeros(rows, dtype)
+    for name in ("lease", "next", "previous", "bucket", "counted_model", "model", "number", "missing_ms"):
+        if dtype.names is not None and name in dtype.names:
+            table[name] = NONE
+    if dtype == VEHICLE:
+        table["flags"] = OFFLINE
+    return table
+
+
+def grown(table: Records, rows: int) -> Records:
+    """The same rows with room for more."""
+    bigger = empty(table.dtype, rows)
+    bigger[: len(table)] = table
+    return bigger

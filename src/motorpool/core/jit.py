@@ -1,0 +1,54 @@
+"""One source for two speeds: kernels run as they stand, or compiled by numba for a large fleet.
+
+A kernel is a plain function over numpy arrays, integers and floats. Marked with ``kernel`` it stays what it is, so a
+small cell needs no compiler and no seconds to warm one up. ``compiled`` makes, from the same source, a namespace in
+which all kernels are machine code and call each other as such. Both give the same results to the last bit: kernels take
+integers and floats out of arrays with ``int`` and ``float`` before they reckon, use ``math`` rather than numpy for
+functions, and sort nothing by floats.
+
+Called by: ``core.kernels``, ``core.scheduler``, the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any, Final, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_KERNELS: Final[dict[Callable[..., Any], str]] = {}
+_COMPILED: Final[dict[str, SimpleNamespace]] = {}
+
+
+def kernel(function: F) -> F:
+    """Mark a function that ``compiled`` may turn into machine code."""
+    _KERNELS[function] = function.__name__
+    return function
+
+
+def compiled(module: ModuleType) -> SimpleNamespace:
+    """The kernels of a module, compiled at their first call and kept on disk; everything else of it as it is.
+
+    Kernels that the module has imported from other modules are compiled with it. With ``NUMBA_DISABLE_JIT=1`` numba
+    hands the functions back as they are. Needs numba (ImportError without it).
+    """
+    known = _COMPILED.get(module.__name__)
+    if known is not None:
+        return known
+    import numba  # noqa: PLC0415 - heavy, and only a large cell or a simulation needs it
+
+    names = dict(vars(module))
+    for name, value in vars(module).items():
+        if isinstance(value, FunctionType) and value in _KERNELS:
+            own = value.__module__ == module.__name__
+            fast = None if own else getattr(compiled(_module_of(value)), value.__name__)
+            names[name] = fast or numba.njit(FunctionType(value.__code__, names, name, value.__defaults__), cache=True)
+    _COMPILED[module.__name__] = SimpleNamespace(**names)
+    return _COMPILED[module.__name__]
+
+
+def _module_of(function: Callable[..., Any]) -> ModuleType:
+    import sys  # noqa: PLC0415 - a module by its name
+
+    return sys.modules[function.__module__]

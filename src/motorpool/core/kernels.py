@@ -1,0 +1,635 @@
+"""The hot decisions of a cell, as functions over its columns: who gets which work, how much, and on which vehicle.
+
+Production and the simulator run these same functions, plain or compiled (``core.jit``). Each takes the ``Tables`` and
+rows; none knows a name. What they decide:
+
+- ``plan`` orders the jobs of each model. Served earliest end first at the cell's present speed, does every job keep a
+  margin? Then the customers take turns: who has had least for its weight goes first. Jobs without a margin, and all
+  that end before them, go strictly by their end.
+- ``pull`` says what a vehicle gets next: the first job in that order that it may run, and so many lines that its queue
+  holds two to fifteen minutes of work at its measured speed, less where time is short or the car is about to leave.
+- ``place`` finds the vehicle for a live request: of eight candidates the one least likely to leave.
+
+Called by: ``core.cell``, ``sim.fleet_gear``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from motorpool.core.columns import (
+    ANY_REGION,
+    BEHIND,
+    CANCELLING,
+    DRAWING,
+    IN_ORDER,
+    NONE,
+    OFFLINE,
+    READY,
+    RELAXED,
+    RESERVE,
+    RISK_BUCKETS,
+    WITHDRAWN,
+    WORKING,
+    Ints,
+    Tables,
+)
+from motorpool.core.jit import kernel
+
+MIN_DEPTH_MS: Final = 20_000
+USUAL_DEPTH_MS: Final = 120_000  # covers a short silence of the network
+MAX_DEPTH_MS: Final = 900_000  # a deeper queue would make urgent work wait
+CHUNK_MS: Final = 30_000  # a lease of less is more trouble than work, where there are many vehicles
+MANY: Final = 64
+MAX_LEAVING: Final = 0.05  # how likely it may be that a queue is cut short by a departure
+RISK_MS: Final = 900_000
+SLOTS_DEPTH: Final = 2  # while one line runs, the next one waits
+MAX_DEPTH_LINES: Final = 16_384
+MARGIN: Final = 1.3  # of the time that work is expected to take
+MARGIN_MS: Final = 600_000
+TURNS: Final = 10  # a job has time for the usual lease if it has time for so many
+OUTAGE_S: Final = 30  # a silence of less is the usual pause between two reports
+LEASE_ROW_BITS: Final = 24  # of a lease's number: its row; the rest says which of the leases that had it
+TIGHT: Final = 2  # of a job whose time is less than so many queues, stayers get the lines first
+STAYER_RISK_PCT: Final = 5
+MAX_LIVE_PER_SLOT: Final = 64
+CANDIDATES: Final = 8
+SPEED_SMOOTHING: Final = 0.3
+MEASURE_MS: Final = 1_000
+MIN_PASSED_MS: Final = 50  # for the first measure, which does not wait so long
+RISK_EDGES_PCT: Final = (1, 4, 10)
+
+# Why a vehicle gets no line of a job; ``core.why`` puts them into words.
+OK: Final = 0
+NOT_PRESENT: Final = 1
+NOT_PERMITTED: Final = 2
+BLOCKED: Final = 3
+PAUSED: Final = 4
+OTHER_MODEL: Final = 5
+OTHER_REGION: Final = 6
+TOO_LITTLE_TRUST: Final = 7
+TOO_LITTLE_MEMORY: Final = 8
+NOTHING_WAITS: Final = 9
+QUEUE_FULL: Final = 10
+SITE_FULL: Final = 11
+CHEAPER_LATER: Final = 12
+MAY_LEAVE_SOON: Final = 13
+ONLY_RESERVE: Final = 14
+JOB_CANCELLED: Final = 15
+
+
+@kernel
+def present(t: Tables, v: int) -> bool:
+    """Whether a vehicle is here and says itself that it may work."""
+    flags = int(t.vehicles["flags"][v])
+    state = int(t.vehicles["state"][v])
+    return flags & (OFFLINE | WITHDRAWN) == 0 and (state in (READY, WORKING))
+
+
+@kernel
+def why_not(t: Tables, v: int, now_ms: int) -> int:
+    """Why a vehicle can be given no work at all, or OK."""
+    if int(t.vehicles["flags"][v]) & (OFFLINE | WITHDRAWN) != 0:
+        return NOT_PRESENT
+    if not present(t, v):
+        return NOT_PERMITTED
+    if now_ms < int(t.vehicles["paused_until_ms"][v]):
+        return PAUSED
+    if now_ms < int(t.vehicles["blocked_until_ms"][v]):
+        return BLOCKED
+    return OK
+
+
+@kernel
+def recount(t: Tables, v: int) -> None:
+    """Keep the counts of the vehicle's model, and its bucket, true after the vehicle has changed."""
+    vehicles = t.vehicles
+    is_present = present(t, v)
+    model = int(vehicles["model"][v]) if is_present else NONE
+    mtok_s = int(float(vehicles["speed"][v]) * 1000.0) if is_present else 0
+    mtok_s = min(mtok_s, 2_000_000_000)
+    before, mtok_s_before = int(vehicles["counted_model"][v]), int(vehicles["counted_mtok_s"][v])
+    if before != model or mtok_s_before != mtok_s:
+        if before != NONE:
+            t.models["serving"][before] -= 1
+            t.models["measured"][before] -= 1 if mtok_s_before > 0 else 0
+            t.models["mtok_s"][before] -= mtok_s_before
+        if model != NONE:
+            t.models["serving"][model] += 1
+            t.models["measured"][model] += 1 if mtok_s > 0 else 0
+            t.models["mtok_s"][model] += mtok_s
+        vehicles["counted_model"][v] = model
+        vehicles["counted_mtok_s"][v] = mtok_s if model != NONE else 0
+    bucket = bucket_of(t, v) if model != NONE else NONE
+    if bucket != int(vehicles["bucket"][v]):
+        _leave_bucket(t, v)
+        if bucket != NONE:
+            _enter_bucket(t, v, bucket)
+
+
+@kernel
+def bucket_of(t: Tables, v: int) -> int:
+    """Where a vehicle stands in the index: by model, region and risk of leaving."""
+    risk = int(t.vehicles["risk_pct"][v])
+    step = 0
+    for edge in RISK_EDGES_PCT:
+        if risk > edge:
+            step += 1
+    regions = len(t.buckets) // (len(t.models) * RISK_BUCKETS)
+    return (int(t.vehicles["model"][v]) * regions + int(t.vehicles["region"][v])) * RISK_BUCKETS + step
+
+
+@kernel
+def _enter_bucket(t: Tables, v: int, bucket: int) -> None:
+    """At the end of a ring, whose head is the next to be looked at."""
+    vehicles = t.vehicles
+    head = int(t.buckets[bucket])
+    vehicles["bucket"][v] = bucket
+    if head == NONE:
+        t.buckets[bucket] = v
+        vehicles["next"][v] = v
+        vehicles["previous"][v] = v
+        return
+    last = int(vehicles["previous"][head])
+    vehicles["next"][last] = v
+    vehicles["previous"][v] = last
+    vehicles["next"][v] = head
+    vehicles["previous"][head] = v
+
+
+@kernel
+def _leave_bucket(t: Tables, v: int) -> None:
+    vehicles = t.vehicles
+    bucket = int(vehicles["bucket"][v])
+    if bucket == NONE:
+        return
+    after, before = int(vehicles["next"][v]), int(vehicles["previous"][v])
+    if after == v:
+        t.buckets[bucket] = NONE
+    else:
+        vehicles["next"][before] = after
+        vehicles["previous"][after] = before
+        if int(t.buckets[bucket]) == v:
+            t.buckets[bucket] = after
+    vehicles["bucket"][v] = NONE
+    vehicles["next"][v] = NONE
+    vehicles["previous"][v] = NONE
+
+
+@kernel
+def place(t: Tables, model: int, region: int, now_ms: int, tried: Ints) -> int:
+    """The vehicle for a live request, or NONE: of CANDIDATES, the least loaded of those that stay longest.
+
+    ``region``: NONE if any will do. ``tried``: vehicles that broke or refused it. Every look moves the ring on, so that
+    equal vehicles take turns.
+    """
+    regions = len(t.buckets) // (len(t.models) * RISK_BUCKETS)
+    low = 0 if region == NONE else region
+    high = regions if region == NONE else region + 1
+    best, best_load = NONE, 0.0
+    looked = 0
+    for step in range(RISK_BUCKETS):
+        for where in range(low, high):
+            bucket = (model * regions + where) * RISK_BUCKETS + step
+            v = int(t.buckets[bucket])
+            if v == NONE:
+                continue
+            first = v
+            while looked < CANDIDATES:
+                after = int(t.vehicles["next"][v])
+                load = _live_load(t, v, now_ms, tried)
+                if load >= 0.0:
+                    looked += 1
+                    # A free slot counts more than a longer stay, and of two loads the longer stay wins.
+                    if best == NONE or load < best_load:
+                        best, best_load = v, load
+                v = after
+                if v == first:
+                    break
+            t.buckets[bucket] = v
+        if best != NONE and (looked >= CANDIDATES or best_load < 1.0):
+            return best
+    return best
+
+
+@kernel
+def _live_load(t: Tables, v: int, now_ms: int, tried: Ints) -> float:
+    """Live requests on a slot of this vehicle, or -1 if it cannot take one more."""
+    if why_not(t, v, now_ms) != OK:
+        return -1.0
+    for place_no in range(len(tried)):
+        if int(tried[place_no]) == v:
+            return -1.0
+    slots = max(1, int(t.vehicles["slots"][v]))
+    live = int(t.vehicles["live"][v])
+    return -1.0 if live >= MAX_LIVE_PER_SLOT * slots else live / slots
+
+
+@kernel
+def work_of(prompt_tokens: int, completion_tokens: int) -> float:
+    """Work tokens of an answer: reading a token costs an eighth of writing one."""
+    return completion_tokens + prompt_tokens * 0.125
+
+
+@kernel
+def learn_speed(t: Tables, v: int, work: float, since_ms: int, now_ms: int) -> None:
+    """Work of a vehicle was accepted: smooth its speed, from results and never from claims, about once a second.
+
+    ``since_ms``: when the oldest of its leases was granted.
+    """
+    vehicles = t.vehicles
+    vehicles["failures"][v] = 0
+    vehicles["finished"][v] = float(vehicles["finished"][v]) + work
+    since = max(int(vehicles["result_ms"][v]), since_ms)
+    passed_ms = now_ms - since
+    known = float(vehicles["speed"][v])
+    if passed_ms < MEASURE_MS and known > 0.0:
+        return
+    rate = float(vehicles["finished"][v]) * 1000.0 / max(passed_ms, MIN_PASSED_MS)
+    vehicles["speed"][v] = rate if known == 0.0 else (1.0 - SPEED_SMOOTHING) * known + SPEED_SMOOTHING * rate
+    vehicles["result_ms"][v] = now_ms
+    vehicles["finished"][v] = 0.0
+    recount(t, v)
+
+
+@kernel
+def depth_ms(outage_s: int, risk_pct: int, slack_ms: int) -> int:
+    """How much work a vehicle's queue should hold, as time.
+
+    Three times its usual silence, between two and fifteen minutes; a quarter of the job's time to spare at most; and no
+    more than the car stays for with 95 %.
+    """
+    depth = min(max(USUAL_DEPTH_MS, 3000 * outage_s), MAX_DEPTH_MS)
+    depth = min(depth, max(slack_ms // 4, MIN_DEPTH_MS))
+    if risk_pct > 0:
+        hazard = -math.log(max(1.0 - risk_pct / 100.0, 0.001))
+        depth = min(depth, max(int(MAX_LEAVING * RISK_MS / hazard), MIN_DEPTH_MS))
+    return depth
+
+
+@kernel
+def plan(t: Tables, rows: Ints, now_ms: int) -> None:
+    """Order the jobs of each model. ``rows``: those of all jobs that are not cancelled, the older first.
+
+    Writes ``order`` with those that have waiting lines, each model's ``first`` and ``count``, and of each job the slack
+    and its flags.
+    """
+    jobs, models = t.jobs, t.models
+    for m in range(len(models)):
+        models["first"][m] = 0
+        models["count"][m] = 0
+    ends = np.empty(len(rows), np.int64)
+    for place_no in range(len(rows)):
+        ends[place_no] = int(jobs["expires_ms"][rows[place_no]])
+    by_end = rows[np.argsort(ends, kind="mergesort")]
+    of_model = np.empty(len(rows), np.int64)
+    for place_no in range(len(rows)):
+        of_model[place_no] = int(jobs["model"][by_end[place_no]])
+    by_end = by_end[np.argsort(of_model, kind="mergesort")]
+    start = 0
+    filled = 0
+    while start < len(by_end):
+        model = int(jobs["model"][by_end[start]])
+        stop = start
+        while stop < len(by_end) and int(jobs["model"][by_end[stop]]) == model:
+            stop += 1
+        strict = _slack(t, by_end, start, stop, now_ms)
+        _take_turns(t, by_end, strict, stop)
+        models["first"][model] = filled
+        work = 0.0
+        for place_no in range(start, stop):
+            j = int(by_end[place_no])
+            waits = waiting(t, j) > 0
+            work += waiting(t, j) * float(jobs["work_per_line"][j])
+            flags = int(jobs["flags"][j]) & ~IN_ORDER
+            jobs["flags"][j] = flags | IN_ORDER if waits else flags
+            if waits:
+                t.order[filled] = j
+                filled += 1
+        models["count"][model] = filled - int(models["first"][model])
+        models["waiting_work"][model] = work
+        start = stop
+
+
+@kernel
+def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
+    """The time to spare of each job if those that end sooner go first; the end of those that must go by their end."""
+    jobs = t.jobs
+    model = int(jobs["model"][by_end[start]])
+    per_ms = int(t.models["mtok_s"][model]) / 1_000_000.0
+    measured = int(t.models["measured"][model])
+    if measured > 0:  # those that are not measured yet are taken for as fast as the others
+        per_ms = per_ms * int(t.models["serving"][model]) / measured
+    before = 0.0
+    strict = start
+    for place_no in range(start, stop):
+        j = by_end[place_no]
+        left = int(jobs["total"][j]) - int(jobs["done"][j])
+        before += left * float(jobs["work_per_line"][j])
+        time_ms = int(jobs["expires_ms"][j]) - now_ms
+        need_ms = int(min(MARGIN * before / per_ms, 1e15)) if per_ms > 0.0 else 0
+        slack_ms = time_ms - need_ms
+        jobs["slack_ms"][j] = slack_ms
+        flags = int(jobs["flags"][j]) & ~(BEHIND | RELAXED)
+        if slack_ms < 0:
+            flags |= BEHIND
+        elif slack_ms > MARGIN_MS:
+            flags |= RELAXED
+        if not flags & RELAXED:
+            strict = place_no + 1
+        jobs["flags"][j] = flags
+    return strict
+
+
+@kernel
+def _take_turns(t: Tables, by_end: Ints, strict: int, stop: int) -> None:
+    """Those before ``strict`` stay; the others by what their customers have had, and of one customer by their end."""
+    if strict == stop:
+        return
+    had = np.empty(len(t.tenants), np.int64)
+    for tenant in range(len(had)):
+        weight = max(float(t.tenants["weight"][tenant]), 0.001)
+        had[tenant] = int(min(float(t.tenants["used"][tenant]) / weight, 1e15))
+    rank = np.empty(len(had), np.int64)
+    rank[np.argsort(had, kind="mergesort")] = np.arange(len(had))
+    keys = np.empty(stop - strict, np.int64)
+    for place_no in range(strict, stop):
+        keys[place_no - strict] = rank[int(t.jobs["tenant"][by_end[place_no]])]
+    by_end[strict:stop] = by_end[strict:stop][np.argsort(keys, kind="mergesort")]
+
+
+@kernel
+def refusal(t: Tables, v: int, j: int) -> int:
+    """Why this vehicle gets no line of this job now, or OK. The vehicle can be given work and has its model."""
+    vehicles, jobs = t.vehicles, t.jobs
+    flags = int(jobs["flags"][j])
+    if flags & CANCELLING != 0:
+        return JOB_CANCELLED
+    if int(jobs["model"][j]) != int(vehicles["model"][v]):
+        return OTHER_MODEL
+    mask = int(jobs["regions"][j])
+    region = int(vehicles["region"][v])
+    if mask != ANY_REGION and (mask >> region) & 1 == 0:
+        return OTHER_REGION
+    if int(vehicles["trust"][v]) < int(jobs["min_trust"][j]):
+        return TOO_LITTLE_TRUST
+    if int(vehicles["memory_gb"][v]) < int(jobs["memory_gb"][j]):
+        return TOO_LITTLE_MEMORY
+    if int(vehicles["flags"][v]) & RESERVE != 0 and flags & BEHIND == 0:
+        return ONLY_RESERVE
+    if flags & RELAXED != 0 and float(jobs["bid_micro_kwh"][j]) < int(t.prices[region]):
+        return CHEAPER_LATER
+    return OK if waiting(t, j) > 0 else NOTHING_WAITS
+
+
+@kernel
+def waiting(t: Tables, j: int) -> int:
+    """Lines of a job that nobody holds."""
+    return int(t.jobs["total"][j]) - int(t.jobs["done"][j]) - int(t.jobs["leased"][j])
+
+
+@kernel
+def queue_ms(t: Tables, v: int) -> int:
+    """How long a vehicle will be busy with what it holds, at its measured speed; 0 while that is not known."""
+    speed = float(t.vehicles["speed"][v])
+    if speed <= 0.0:
+        return 0
+    work = 0.0
+    row = int(t.vehicles["lease"][v])
+    while row != NONE:
+        work += int(t.leases["left"][row]) * float(t.jobs["work_per_line"][int(t.leases["job"][row])])
+        row = int(t.leases["next"][row])
+    return int(work * 1000.0 / speed)
+
+
+@kernel
+def share(t: Tables, v: int, j: int) -> int:
+    """How many more lines of a job a vehicle should hold now; 0: its queue is full enough.
+
+    While speeds are not known, two lines for each slot. Then as much as ``depth_ms`` says, but at most what falls to it
+    if all that serve the model share what waits twice over (so that all finish together); among many vehicles at least
+    CHUNK_MS of work. Nothing before the queue is half empty.
+    """
+    vehicles, jobs = t.vehicles, t.jobs
+    pending = waiting(t, j)
+    serving = max(1, int(t.models["serving"][int(jobs["model"][j])]))
+    slots = max(1, int(vehicles["slots"][v]))
+    part = -(-pending // serving)
+    least = min(slots * SLOTS_DEPTH, MAX_DEPTH_LINES, part)
+    if pending < serving * least:
+        least = min(slots, least)
+    outstanding = int(vehicles["outstanding"][v])
+    speed, per_line = float(vehicles["speed"][v]), float(jobs["work_per_line"][j])
+    if speed <= 0.0 or per_line <= 0.0:
+        return least - outstanding if outstanding <= least // 2 else 0
+    depth = depth_ms(int(vehicles["outage_s"][v]), int(vehicles["risk_pct"][v]), int(jobs["slack_ms"][j]))
+    busy_ms = queue_ms(t, v)
+    line_ms = per_line * 1000.0 / speed
+    chunk_ms = CHUNK_MS if serving >= MANY and int(jobs["slack_ms"][j]) > TURNS * CHUNK_MS else 0
+    all_ms = int(min(float(t.models["waiting_work"][int(jobs["model"][j])]) * 500.0 / (serving * speed), 1e12))
+    depth = min(depth, max(all_ms, chunk_ms))
+    if busy_ms * 2 > depth and outstanding > least // 2:
+        return 0
+    fair = -(-pending // (2 * serving))
+    room = min(int((depth - busy_ms) / line_ms), MAX_DEPTH_LINES)
+    return max(min(room, max(fair, int(chunk_ms / line_ms))), least - outstanding, 0)
+
+
+@kernel
+def pull(t: Tables, v: int, now_ms: int, out: Ints) -> int:
+    """The job row that a vehicle gets lines of next, or NONE; ``out[0]`` is how many lines, ``out[1]`` why none.
+
+    The vehicle is one that can be given work. Called again until it says no.
+    """
+    out[0] = 0
+    out[1] = NOTHING_WAITS
+    model = int(t.vehicles["model"][v])
+    if model == NONE:
+        out[1] = OTHER_MODEL
+        return NONE
+    if not _site_has_room(t, v):
+        out[1] = SITE_FULL
+        return NONE
+    risk = int(t.vehicles["risk_pct"][v])
+    first = int(t.models["first"][model])
+    left_out = NONE
+    for place_no in range(first, first + int(t.models["count"][model])):
+        j = int(t.order[place_no])
+        no = refusal(t, v, j)
+        if no != OK:
+            if no != NOTHING_WAITS:
+                out[1] = no
+            continue
+        if risk > STAYER_RISK_PCT and _is_tight(t, j, now_ms) and left_out == NONE:
+            left_out = j  # others should have it; if this vehicle finds nothing else, it is better than nobody
+            continue
+        count = share(t, v, j)
+        if count <= 0:
+            out[1] = QUEUE_FULL
+            return NONE
+        out[0] = min(count, waiting(t, j))
+        out[1] = OK
+        return j
+    if left_out != NONE:
+        count = share(t, v, left_out)
+        if count > 0:
+            out[0] = min(count, waiting(t, left_out))
+            out[1] = OK
+            return left_out
+        out[1] = QUEUE_FULL
+    return NONE
+
+
+@kernel
+def _is_tight(t: Tables, j: int, now_ms: int) -> bool:
+    """Whether a job ends so soon that a queue which is lost once is lost for good."""
+    return int(t.jobs["expires_ms"][j]) - now_ms < TIGHT * USUAL_DEPTH_MS and waiting(t, j) > 0
+
+
+@kernel
+def _site_has_room(t: Tables, v: int) -> bool:
+    """Whether the place where a vehicle stands has power and network for one more that works."""
+    site = int(t.vehicles["site"][v])
+    if site == 0 or int(t.vehicles["flags"][v]) & DRAWING != 0:
+        return True
+    sites = t.sites
+    if int(sites["limit_w"][site]) > 0:
+        needs_w = int(sites["used_w"][site]) + int(t.vehicles["permit_w"][v])
+        if needs_w > int(sites["limit_w"][site]):
+            return False
+    limit = int(sites["limit_vehicles"][site])
+    return limit == 0 or int(sites["working"][site]) < limit
+
+
+@kernel
+def draw(t: Tables, v: int) -> None:
+    """Keep what a site gives true after a vehicle has got its first line or lost its last."""
+    vehicles, sites = t.vehicles, t.sites
+    site = int(vehicles["site"][v])
+    flags = int(vehicles["flags"][v])
+    draws = int(vehicles["outstanding"][v]) > 0
+    if site == 0 or draws == (flags & DRAWING != 0):
+        return
+    if draws:
+        sites["used_w"][site] += int(vehicles["permit_w"][v])
+        sites["working"][site] += 1
+        vehicles["flags"][v] = flags | DRAWING
+    else:
+        sites["used_w"][site] -= int(vehicles["permit_w"][v])
+        sites["working"][site] -= 1
+        vehicles["flags"][v] = flags & ~DRAWING
+
+
+@kernel
+def open_lease(t: Tables, v: int, j: int, count: int, work: float, now_ms: int, expires_ms: int) -> int:
+    """Take a free row for a lease of ``count`` lines; the row, or NONE if the table has to grow first."""
+    row = int(t.free[0])
+    if row == NONE:
+        return NONE
+    leases, vehicles = t.leases, t.vehicles
+    t.free[0] = int(leases["next"][row])
+    leases["number"][row] = (int(t.free[1]) << LEASE_ROW_BITS) + row
+    t.free[1] += 1
+    leases["granted_ms"][row] = now_ms
+    leases["expires_ms"][row] = expires_ms
+    leases["sent_ms"][row] = now_ms
+    leases["missing_ms"][row] = NONE
+    leases["work"][row] = work
+    leases["vehicle"][row] = v
+    leases["job"][row] = j
+    leases["first"][row] = 0
+    leases["span"][row] = 0
+    leases["left"][row] = count
+    leases["sends"][row] = 1
+    leases["flags"][row] = 0
+    leases["next"][row] = int(vehicles["lease"][v])
+    vehicles["lease"][v] = row
+    vehicles["outstanding"][v] += count
+    vehicles["queued_work"][v] = float(vehicles["queued_work"][v]) + work
+    t.jobs["leased"][j] += count
+    model = int(t.jobs["model"][j])
+    t.models["waiting_work"][model] = max(float(t.models["waiting_work"][model]) - work, 0.0)
+    t.tenants["used"][int(t.jobs["tenant"][j])] += work
+    draw(t, v)
+    return row
+
+
+@kernel
+def shrink_lease(t: Tables, row: int, count: int) -> int:
+    """So many lines of a lease have ended or are taken out; how many are left. The job's count is the caller's."""
+    leases, vehicles = t.leases, t.vehicles
+    left = int(leases["left"][row])
+    v = int(leases["vehicle"][row])
+    work = float(leases["work"][row])
+    part = work * count / left if left > count else work
+    leases["left"][row] = left - count
+    leases["work"][row] = work - part
+    vehicles["outstanding"][v] -= count
+    queued = float(vehicles["queued_work"][v]) - part
+    vehicles["queued_work"][v] = queued if int(vehicles["outstanding"][v]) > 0 and queued > 0.0 else 0.0
+    draw(t, v)
+    return left - count
+
+
+@kernel
+def close_lease(t: Tables, row: int) -> None:
+    """Give the row of a lease back; its lines are taken out before."""
+    leases, vehicles = t.leases, t.vehicles
+    v = int(leases["vehicle"][row])
+    at = int(vehicles["lease"][v])
+    if at == row:
+        vehicles["lease"][v] = int(leases["next"][row])
+    else:
+        while int(leases["next"][at]) != row:
+            at = int(leases["next"][at])
+        leases["next"][at] = int(leases["next"][row])
+    leases["number"][row] = NONE
+    leases["job"][row] = NONE
+    leases["vehicle"][row] = NONE
+    leases["next"][row] = int(t.free[0])
+    t.free[0] = row
+
+
+@kernel
+def oldest_grant_ms(t: Tables, v: int, now_ms: int) -> int:
+    """When the oldest of a vehicle's leases was granted; now if it has none."""
+    oldest = now_ms
+    row = int(t.vehicles["lease"][v])
+    while row != NONE:
+        oldest = min(oldest, int(t.leases["granted_ms"][row]))
+        row = int(t.leases["next"][row])
+    return oldest
+
+
+@kernel
+def finished(t: Tables, j: int, lines: int, work: float) -> None:
+    """Lines of a job have ended with so much work: what a line takes is learnt from it."""
+    jobs = t.jobs
+    jobs["done"][j] += lines
+    jobs["done_work"][j] += work
+    jobs["work_per_line"][j] = float(jobs["done_work"][j]) / max(1, int(jobs["done"][j]))
+
+
+@kernel
+def report(t: Tables, v: int, state: int, model: int, region: int, slots: int, permit_w: int, now_ms: int) -> None:
+    """A vehicle has said how it is; what it says of its stay is written by the caller before."""
+    vehicles = t.vehicles
+    flags = int(vehicles["flags"][v])
+    silent_s = (now_ms - int(vehicles["seen_ms"][v])) // 1000
+    if int(vehicles["seen_ms"][v]) > 0 and silent_s > OUTAGE_S:
+        known = int(vehicles["outage_s"][v])  # rises at once to a longer silence, and falls slowly
+        vehicles["outage_s"][v] = min(max(silent_s, known - known // 8), 3_600)
+    if flags & DRAWING != 0:
+        site = int(vehicles["site"][v])
+        t.sites["used_w"][site] += permit_w - int(vehicles["permit_w"][v])
+    vehicles["flags"][v] = flags & ~OFFLINE
+    vehicles["state"][v] = state
+    vehicles["model"][v] = model
+    vehicles["region"][v] = region
+    vehicles["slots"][v] = slots
+    vehicles["permit_w"][v] = permit_w
+    vehicles["seen_ms"][v] = now_ms
+    recount(t, v)
