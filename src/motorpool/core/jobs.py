@@ -180,18 +180,19 @@ class Job:
             heapq.heappush(self.again, line)
         self._cell.t.jobs["leased"][self.row] -= len(lines)
 
-    def finish(self, line: int, work: float = 0.0) -> None:
-        """A line has ended, whether it was leased or waiting, and took so much work."""
-        if self.state[line] == LEASED:
-            self._cell.t.jobs["leased"][self.row] -= 1
-        self.state[line] = DONE
-        self.holder[line] = NOBODY
-        self._cell.k.finished(self._cell.t, self.row, 1, work)
-        self.carried.pop(line, None)
-        self.checkpoint_bytes.pop(line, None)
-        self.strikes.pop(line, None)
-        self.overruns.pop(line, None)
-        self.held.pop(line, None)
+    def finish(self, lines: list[int], work: float = 0.0) -> None:
+        """Lines have ended, whether they were leased or waiting, and took so much work together."""
+        if not lines:
+            return
+        leased = int(np.count_nonzero(self.state[lines] == LEASED))
+        self._cell.t.jobs["leased"][self.row] -= leased
+        self.state[lines] = DONE
+        self.holder[lines] = NOBODY
+        self._cell.k.finished(self._cell.t, self.row, len(lines), work)
+        for known in (self.carried, self.checkpoint_bytes, self.strikes, self.overruns, self.held):
+            if known:
+                for line in lines:
+                    known.pop(line, None)
 
     def measure(self, now_ms: int) -> None:
         """Smooth the rate of finished lines; called about once a second."""

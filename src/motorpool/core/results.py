@@ -13,7 +13,7 @@ from motorpool.core.attribution import co2_ug
 from motorpool.core.carbon import grams_per_kwh
 from motorpool.core.columns import NONE
 from motorpool.core.granting import MAX_LEASE_MS, Commands, Granting
-from motorpool.core.jobs import NOBODY, Job
+from motorpool.core.jobs import DONE, NOBODY, Job
 from motorpool.core.ledger import settle
 from motorpool.core.pricing import Shares, cost_micro, extend, split, trim
 from motorpool.types import ReturnReason
@@ -37,26 +37,34 @@ class Results(Granting):
         lease = self.lease_row(event.lease_id)
         ended: dict[int, list[int]] = {}  # lines to remove, by the lease that holds them
         again: list[int] = []
+        done: list[int] = []
+        work = 0.0
+        vehicle_of = self.cell.t.leases["vehicle"]
         seen: set[int] = set()
         for place, line in enumerate(event.lines):
-            if line in seen or not self._may_speak_of(job, line, event.vehicle_id):
+            if line in seen or not 0 <= line < job.total or job.state[line] == DONE:
                 continue
+            holder = int(job.holder[line])
+            if (holder == NOBODY or vehicle_of[holder] != v) and event.vehicle_id not in job.held.get(line, ()):
+                continue  # it never held this line
             seen.add(line)
             if event.statuses[place] >= 500:
                 if lease != NONE and job.shadows.get(line) == lease:
                     del job.shadows[line]  # the one that has it first may still answer
                     ended.setdefault(lease, []).append(line)
                     continue
-                if lease == NONE or int(job.holder[line]) != lease:
+                if lease == NONE or holder != lease:
                     continue  # late or repeated: the line waits or runs elsewhere already
                 # Too much to do is no fault of the line's.
                 if event.statuses[place] == TOO_MUCH_TO_DO or self._strike(job, line, event.vehicle_id):
                     again.append(line)
                     continue
-            for row in (int(job.holder[line]), job.shadows.pop(line, NOBODY)):
+            for row in (holder, job.shadows.pop(line, NOBODY) if job.shadows else NOBODY):
                 if row != NOBODY:
                     ended.setdefault(row, []).append(line)
-            job.finish(line, accepted.add(job, event, place))
+            work += accepted.add(job, event, place)
+            done.append(line)
+        job.finish(done, work)
         self._judge(v, accepted, again, now_ms)
         commands = accepted.commands(job, event) + self._settle(job, lease, again, ended)
         return commands + self._fill(v, now_ms)
@@ -152,7 +160,7 @@ class Results(Granting):
             for row in (int(job.holder[line]), job.shadows.pop(line, NOBODY)):
                 if row != NOBODY:
                     commands += [self._revoke(row, [line]), *self._remove_lines(row, 1, waiting=False)]
-            job.finish(line)
+        job.finish(lines)
         if not lines:
             return []
         message = "engines failed again and again while they ran this line"
