@@ -20,6 +20,7 @@ from motorpool.core.columns import (
     RISK_BUCKETS,
     SITE,
     TENANT,
+    TIERS,
     VEHICLE,
     Ints,
     Tables,
@@ -62,7 +63,9 @@ class Cell:
             order=np.zeros(FIRST_ROWS, np.int32),
             buckets=np.full(4 * _REGIONS * RISK_BUCKETS, NONE, np.int32),
             prices=np.full(_REGIONS, NONE, np.int32),
-            free=np.array([0, 0], np.int64),
+            speeds=np.zeros((4, _REGIONS, TIERS), np.int64),
+            needs=np.zeros((4, _REGIONS), np.int64),
+            free=np.array([0, 0, 1], np.int64),
         )
         self.long_incarnations: dict[int, str] = {}  # those that do not fit the table
         self.free_jobs: list[int] = list(range(FIRST_ROWS - 1, -1, -1))
@@ -102,7 +105,13 @@ class Cell:
             models = 2 * len(self.t.models)
             buckets = np.full(models * _REGIONS * RISK_BUCKETS, NONE, np.int32)
             buckets[: len(self.t.buckets)] = self.t.buckets
-            self.t = self.t._replace(models=grown(self.t.models, models), buckets=buckets)
+            more = models - len(self.t.models)
+            self.t = self.t._replace(
+                models=grown(self.t.models, models),
+                buckets=buckets,
+                speeds=np.concatenate((self.t.speeds, np.zeros((more, _REGIONS, TIERS), np.int64))),
+                needs=np.concatenate((self.t.needs, np.zeros((more, _REGIONS), np.int64))),
+            )
         return row
 
     def find_model(self, name: str) -> int:
@@ -113,7 +122,9 @@ class Cell:
         """The number of a region; those beyond MAX_REGIONS share the last one, which no residency names."""
         if name not in self._regions and len(self.region_names) >= MAX_REGIONS:
             return MAX_REGIONS
-        return _numbered(name, self._regions, self.region_names)
+        row = _numbered(name, self._regions, self.region_names)
+        self.t.free[2] = len(self.region_names)
+        return row
 
     def region_name(self, row: int) -> str:
         """What a region is called."""
@@ -156,6 +167,11 @@ class Cell:
         self.t.free[0] = rows
         self.t = self.t._replace(leases=leases)
         return int(self.k.open_lease(self.t, v, j, count, work, now_ms, expires_ms))
+
+    def serves(self, v: int, model: int) -> bool:
+        """Whether a vehicle is present and has a model loaded."""
+        place = int(self.t.vehicles["counted_place"][v])
+        return place != NONE and place // (_REGIONS * TIERS) == model
 
     def leases_of(self, v: int) -> list[int]:
         """The rows of a vehicle's leases, oldest first."""

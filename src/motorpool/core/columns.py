@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Records = npt.NDArray[Any]  # of one of the types below
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 # States of a vehicle; the order is that of the wire's.
 AWAY: Final = 0  # never heard of since the start
@@ -42,10 +43,13 @@ RECALLED: Final = 8  # what it has not begun was asked back
 # Flags of a job.
 CANCELLING: Final = 1
 BEHIND: Final = 4  # at the cell's present speed it would miss its time
+BEST_EFFORT: Final = 32  # nothing was promised: it gets what others leave
+WHOLE: Final = 64  # a line is done in one go or not at all
 IN_ORDER: Final = 16  # the last plan has it
 RELAXED: Final = 8  # it has time enough to wait for cheaper hours and to let others go first
 
 NONE: Final = -1
+TIERS: Final = 4  # of trust
 NEVER: Final = 1 << 60
 ANY_REGION: Final = 0  # as a mask: every region will do
 MAX_REGIONS: Final = 63
@@ -62,9 +66,9 @@ VEHICLE: Final = np.dtype(
         ("incarnation", "S16"),
         ("speed", np.float32),  # measured, 0 while unknown
         ("finished", np.float32),  # work since ``result_ms``
-        ("queued_work", np.float32),  # that it holds
-        ("counted_mtok_s", np.int32),  # its part of its model's speed
-        ("counted_model", np.int32),  # the model whose counts hold it, or NONE
+        ("on_disk", np.uint32),  # models that it has, one bit a row; those beyond 32 are not switched to
+        ("counted_mtok_s", np.int32),  # its part of the speed at ``counted_place``
+        ("counted_place", np.int32),  # where in ``speeds`` it is counted, or NONE
         ("model", np.int32),
         ("lease", np.int32),  # the first of its leases
         ("outstanding", np.int32),  # lines that it holds
@@ -95,7 +99,6 @@ LEASE: Final = np.dtype(
         ("expires_ms", np.int64),
         ("sent_ms", np.int64),
         ("missing_ms", np.int64),  # since when its vehicle does not hold it any more, or NONE
-        ("work", np.float32),  # of the lines that are left
         ("vehicle", np.int32),
         ("job", np.int32),
         ("first", np.int32),  # the lowest of its lines
@@ -114,6 +117,7 @@ JOB: Final = np.dtype(
         ("slack_ms", np.int64),  # time to spare at the cell's speed, those that end sooner served first
         ("done_work", np.float64),
         ("work_per_line", np.float32),
+        ("overhead_ms", np.int32),  # of a line that is done in one go: what getting and giving takes
         ("bid_micro_kwh", np.float32),  # what it would pay for energy now rather than later
         ("model", np.int32),
         ("tenant", np.int32),
@@ -131,7 +135,7 @@ TENANT: Final = np.dtype([("used", np.float64), ("weight", np.float32), ("active
 MODEL: Final = np.dtype(
     [
         ("waiting_work", np.float64),  # of its jobs, at the last plan and less what was granted since
-        ("mtok_s", np.int64),  # speed of the present vehicles, thousandths of a work token a second
+        ("load_ms", np.int32),  # how long a vehicle takes to put it in the place of another
         ("serving", np.int32),  # present vehicles that have it loaded
         ("measured", np.int32),  # of these, with a known speed
         ("first", np.int32),  # where its jobs begin in the order
@@ -158,13 +162,15 @@ class Tables(NamedTuple):
     order: npt.NDArray[np.int32]
     buckets: npt.NDArray[np.int32]  # the first vehicle of each, by (model, region, risk)
     prices: npt.NDArray[np.int32]  # micro a kWh now, by region
-    free: Ints  # [0] the first free lease row, [1] how many leases were made
+    speeds: Ints  # of present vehicles by (model, region, trust), thousandths of a work token a second
+    needs: Ints  # by (model, region): the speed that keeps all promises, in the same unit
+    free: Ints  # [0] the first free lease row, [1] how many leases were made, [2] how many regions have a name
 
 
 def empty(dtype: np.dtype[Any], rows: int) -> Records:
     """Rows that mean nothing yet."""
     table = np.zeros(rows, dtype)
-    for name in ("lease", "next", "previous", "bucket", "counted_model", "model", "number", "missing_ms"):
+    for name in ("lease", "next", "previous", "bucket", "counted_place", "model", "number", "missing_ms"):
         if dtype.names is not None and name in dtype.names:
             table[name] = NONE
     if dtype == VEHICLE:

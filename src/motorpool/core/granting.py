@@ -263,12 +263,13 @@ class Granting:
     def _hungry(self, now_ms: int) -> list[int]:
         vehicles = self.cell.t.vehicles[: self.cell.ids.rows]
         state = vehicles["state"]
-        may = ((state == READY) | (state == WORKING)) & (vehicles["counted_model"] != NONE)
+        may = ((state == READY) | (state == WORKING)) & (vehicles["counted_place"] != NONE)
         may &= (vehicles["blocked_until_ms"] <= now_ms) & (vehicles["paused_until_ms"] <= now_ms)
-        may &= vehicles["queued_work"] * 2000.0 <= vehicles["speed"] * MAX_DEPTH_MS
         rows = np.flatnonzero(may)
-        waits = self.cell.t.models["count"][vehicles["model"][rows]] > 0
-        return [int(row) for row in rows[waits][:MAX_FILLED]]
+        models = self.cell.t.models[vehicles["model"][rows]]
+        queued_ms = vehicles["outstanding"][rows] * models["work_per_line"] * 1000.0
+        rows = rows[(models["count"] > 0) & (2.0 * queued_ms <= vehicles["speed"][rows] * MAX_DEPTH_MS)]
+        return [int(row) for row in rows[:MAX_FILLED]]
 
     def _fill_soon(self, now_ms: int) -> Commands:
         """Grant what has just come back, unless that was done a moment ago: the next tick does it then."""
@@ -345,7 +346,8 @@ class Granting:
             if holder == v or leases["flags"][row] & (SHADOW | EXCUSED):
                 continue
             speed = float(self.cell.t.vehicles["speed"][holder])
-            expected_ms = float(leases["work"][row]) * 1000.0 / speed if speed > 0 else 0.0
+            work = int(leases["left"][row]) * float(self.cell.t.jobs["work_per_line"][job.row])
+            expected_ms = work * 1000.0 / speed if speed > 0 else 0.0
             if now_ms - int(leases["granted_ms"][row]) > max(LATE * expected_ms, MIN_LATE_MS):
                 if all(line in job.shadows for line in job.lines_of(row)):
                     continue

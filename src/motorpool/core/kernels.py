@@ -3,9 +3,7 @@
 Production and the simulator run these same functions, plain or compiled (``core.jit``). Each takes the ``Tables`` and
 rows; none knows a name. What they decide:
 
-- ``plan`` orders the jobs of each model. Served earliest end first at the cell's present speed, does every job keep a
-  margin? Then the customers take turns: who has had least for its weight goes first. Jobs without a margin, and all
-  that end before them, go strictly by their end.
+- ``plan`` orders the jobs of each model, and ``switch_to`` moves vehicles between models: see ``core.planning``.
 - ``pull`` says what a vehicle gets next: the first job in that order that it may run, and so many lines that its queue
   holds two to fifteen minutes of work at its measured speed, less where time is short or the car is about to leave.
 - ``place`` finds the vehicle for a live request: of eight candidates the one least likely to leave.
@@ -18,26 +16,29 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
-
 from motorpool.core.columns import (
     ANY_REGION,
     BEHIND,
     CANCELLING,
     DRAWING,
-    IN_ORDER,
     NONE,
     OFFLINE,
     READY,
     RELAXED,
     RESERVE,
     RISK_BUCKETS,
+    TIERS,
+    WHOLE,
     WITHDRAWN,
     WORKING,
     Ints,
     Tables,
 )
+from motorpool.core.horizon import whole_ms
 from motorpool.core.jit import kernel
+from motorpool.core.planning import plan, switch_to, waiting
+
+__all__ = ["plan", "switch_to", "waiting"]  # they are kernels of this room too
 
 MIN_DEPTH_MS: Final = 20_000
 USUAL_DEPTH_MS: Final = 120_000  # covers a short silence of the network
@@ -48,11 +49,10 @@ MAX_LEAVING: Final = 0.05  # how likely it may be that a queue is cut short by a
 RISK_MS: Final = 900_000
 SLOTS_DEPTH: Final = 2  # while one line runs, the next one waits
 MAX_DEPTH_LINES: Final = 16_384
-MARGIN: Final = 1.3  # of the time that work is expected to take
-MARGIN_MS: Final = 600_000
 TURNS: Final = 10  # a job has time for the usual lease if it has time for so many
 OUTAGE_S: Final = 30  # a silence of less is the usual pause between two reports
 LEASE_ROW_BITS: Final = 24  # of a lease's number: its row; the rest says which of the leases that had it
+WHOLE_TARGET: Final = 0.9  # how probable it must be that work which is done in one go ends in time
 TIGHT: Final = 2  # of a job whose time is less than so many queues, stayers get the lines first
 STAYER_RISK_PCT: Final = 5
 MAX_LIVE_PER_SLOT: Final = 64
@@ -106,23 +106,27 @@ def why_not(t: Tables, v: int, now_ms: int) -> int:
 @kernel
 def recount(t: Tables, v: int) -> None:
     """Keep the counts of the vehicle's model, and its bucket, true after the vehicle has changed."""
-    vehicles = t.vehicles
-    is_present = present(t, v)
-    model = int(vehicles["model"][v]) if is_present else NONE
-    mtok_s = int(float(vehicles["speed"][v]) * 1000.0) if is_present else 0
-    mtok_s = min(mtok_s, 2_000_000_000)
-    before, mtok_s_before = int(vehicles["counted_model"][v]), int(vehicles["counted_mtok_s"][v])
-    if before != model or mtok_s_before != mtok_s:
+    vehicles, models = t.vehicles, t.models
+    model = int(vehicles["model"][v]) if present(t, v) else NONE
+    place, mtok_s = NONE, 0
+    regions = t.speeds.shape[1]
+    if model != NONE:
+        region, trust = int(vehicles["region"][v]), min(int(vehicles["trust"][v]), TIERS - 1)
+        place = (model * regions + region) * TIERS + trust
+        mtok_s = min(int(float(vehicles["speed"][v]) * 1000.0), 2_000_000_000)
+    before, mtok_s_before = int(vehicles["counted_place"][v]), int(vehicles["counted_mtok_s"][v])
+    if before != place or mtok_s_before != mtok_s:
         if before != NONE:
-            t.models["serving"][before] -= 1
-            t.models["measured"][before] -= 1 if mtok_s_before > 0 else 0
-            t.models["mtok_s"][before] -= mtok_s_before
-        if model != NONE:
-            t.models["serving"][model] += 1
-            t.models["measured"][model] += 1 if mtok_s > 0 else 0
-            t.models["mtok_s"][model] += mtok_s
-        vehicles["counted_model"][v] = model
-        vehicles["counted_mtok_s"][v] = mtok_s if model != NONE else 0
+            m = before // (regions * TIERS)
+            models["serving"][m] -= 1
+            models["measured"][m] -= 1 if mtok_s_before > 0 else 0
+            t.speeds[m, before // TIERS % regions, before % TIERS] -= mtok_s_before
+        if place != NONE:
+            models["serving"][model] += 1
+            models["measured"][model] += 1 if mtok_s > 0 else 0
+            t.speeds[model, place // TIERS % regions, place % TIERS] += mtok_s
+        vehicles["counted_place"][v] = place
+        vehicles["counted_mtok_s"][v] = mtok_s
     bucket = bucket_of(t, v) if model != NONE else NONE
     if bucket != int(vehicles["bucket"][v]):
         _leave_bucket(t, v)
@@ -271,97 +275,6 @@ def depth_ms(outage_s: int, risk_pct: int, slack_ms: int) -> int:
 
 
 @kernel
-def plan(t: Tables, rows: Ints, now_ms: int) -> None:
-    """Order the jobs of each model. ``rows``: those of all jobs that are not cancelled, the older first.
-
-    Writes ``order`` with those that have waiting lines, each model's ``first`` and ``count``, and of each job the slack
-    and its flags.
-    """
-    jobs, models = t.jobs, t.models
-    for m in range(len(models)):
-        models["first"][m] = 0
-        models["count"][m] = 0
-    ends = np.empty(len(rows), np.int64)
-    for place_no in range(len(rows)):
-        ends[place_no] = int(jobs["expires_ms"][rows[place_no]])
-    by_end = rows[np.argsort(ends, kind="mergesort")]
-    of_model = np.empty(len(rows), np.int64)
-    for place_no in range(len(rows)):
-        of_model[place_no] = int(jobs["model"][by_end[place_no]])
-    by_end = by_end[np.argsort(of_model, kind="mergesort")]
-    start = 0
-    filled = 0
-    while start < len(by_end):
-        model = int(jobs["model"][by_end[start]])
-        stop = start
-        while stop < len(by_end) and int(jobs["model"][by_end[stop]]) == model:
-            stop += 1
-        strict = _slack(t, by_end, start, stop, now_ms)
-        _take_turns(t, by_end, strict, stop)
-        models["first"][model] = filled
-        work = 0.0
-        for place_no in range(start, stop):
-            j = int(by_end[place_no])
-            waits = waiting(t, j) > 0
-            work += waiting(t, j) * float(jobs["work_per_line"][j])
-            flags = int(jobs["flags"][j]) & ~IN_ORDER
-            jobs["flags"][j] = flags | IN_ORDER if waits else flags
-            if waits:
-                t.order[filled] = j
-                filled += 1
-        models["count"][model] = filled - int(models["first"][model])
-        models["waiting_work"][model] = work
-        start = stop
-
-
-@kernel
-def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
-    """The time to spare of each job if those that end sooner go first; the end of those that must go by their end."""
-    jobs = t.jobs
-    model = int(jobs["model"][by_end[start]])
-    per_ms = int(t.models["mtok_s"][model]) / 1_000_000.0
-    measured = int(t.models["measured"][model])
-    if measured > 0:  # those that are not measured yet are taken for as fast as the others
-        per_ms = per_ms * int(t.models["serving"][model]) / measured
-    before = 0.0
-    strict = start
-    for place_no in range(start, stop):
-        j = by_end[place_no]
-        left = int(jobs["total"][j]) - int(jobs["done"][j])
-        before += left * float(jobs["work_per_line"][j])
-        time_ms = int(jobs["expires_ms"][j]) - now_ms
-        need_ms = int(min(MARGIN * before / per_ms, 1e15)) if per_ms > 0.0 else 0
-        slack_ms = time_ms - need_ms
-        jobs["slack_ms"][j] = slack_ms
-        flags = int(jobs["flags"][j]) & ~(BEHIND | RELAXED)
-        if slack_ms < 0:
-            flags |= BEHIND
-        elif slack_ms > MARGIN_MS:
-            flags |= RELAXED
-        if not flags & RELAXED:
-            strict = place_no + 1
-        jobs["flags"][j] = flags
-    return strict
-
-
-@kernel
-def _take_turns(t: Tables, by_end: Ints, strict: int, stop: int) -> None:
-    """Those before ``strict`` stay; the others by what their customers have had, and of one customer by their end."""
-    if strict == stop:
-        return
-    had = np.empty(len(t.tenants), np.int64)
-    for tenant in range(len(had)):
-        weight = max(float(t.tenants["weight"][tenant]), 0.001)
-        had[tenant] = int(min(float(t.tenants["used"][tenant]) / weight, 1e15))
-    rank = np.empty(len(had), np.int64)
-    rank[np.argsort(had, kind="mergesort")] = np.arange(len(had))
-    keys = np.empty(stop - strict, np.int64)
-    for place_no in range(strict, stop):
-        keys[place_no - strict] = rank[int(t.jobs["tenant"][by_end[place_no]])]
-    by_end[strict:stop] = by_end[strict:stop][np.argsort(keys, kind="mergesort")]
-
-
-@kernel
 def refusal(t: Tables, v: int, j: int) -> int:
     """Why this vehicle gets no line of this job now, or OK. The vehicle can be given work and has its model."""
     vehicles, jobs = t.vehicles, t.jobs
@@ -380,15 +293,23 @@ def refusal(t: Tables, v: int, j: int) -> int:
         return TOO_LITTLE_MEMORY
     if int(vehicles["flags"][v]) & RESERVE != 0 and flags & BEHIND == 0:
         return ONLY_RESERVE
+    if flags & WHOLE != 0 and not _may_be_whole(t, v, j):
+        return MAY_LEAVE_SOON
     if flags & RELAXED != 0 and float(jobs["bid_micro_kwh"][j]) < int(t.prices[region]):
         return CHEAPER_LATER
     return OK if waiting(t, j) > 0 else NOTHING_WAITS
 
 
 @kernel
-def waiting(t: Tables, j: int) -> int:
-    """Lines of a job that nobody holds."""
-    return int(t.jobs["total"][j]) - int(t.jobs["done"][j]) - int(t.jobs["leased"][j])
+def _may_be_whole(t: Tables, v: int, j: int) -> bool:
+    """Whether a vehicle stays long enough for a line that is done in one go, and has nothing else to do first."""
+    speed, work = float(t.vehicles["speed"][v]), float(t.jobs["work_per_line"][j])
+    if speed <= 0.0 or int(t.vehicles["outstanding"][v]) > 0:
+        return False
+    bound_ms = int(t.vehicles["stay_min"][v]) * 60_000
+    risk = int(t.vehicles["risk_pct"][v]) / 100.0
+    most_ms = whole_ms(int(t.jobs["overhead_ms"][j]), WHOLE_TARGET, bound_ms, risk)
+    return int(work * 1000.0 / speed) <= most_ms
 
 
 @kernel
@@ -415,6 +336,8 @@ def share(t: Tables, v: int, j: int) -> int:
     """
     vehicles, jobs = t.vehicles, t.jobs
     pending = waiting(t, j)
+    if int(jobs["flags"][j]) & WHOLE != 0:
+        return 1 if int(vehicles["outstanding"][v]) == 0 else 0
     serving = max(1, int(t.models["serving"][int(jobs["model"][j])]))
     slots = max(1, int(vehicles["slots"][v]))
     part = -(-pending // serving)
@@ -537,7 +460,6 @@ def open_lease(t: Tables, v: int, j: int, count: int, work: float, now_ms: int, 
     leases["expires_ms"][row] = expires_ms
     leases["sent_ms"][row] = now_ms
     leases["missing_ms"][row] = NONE
-    leases["work"][row] = work
     leases["vehicle"][row] = v
     leases["job"][row] = j
     leases["first"][row] = 0
@@ -548,7 +470,6 @@ def open_lease(t: Tables, v: int, j: int, count: int, work: float, now_ms: int, 
     leases["next"][row] = int(vehicles["lease"][v])
     vehicles["lease"][v] = row
     vehicles["outstanding"][v] += count
-    vehicles["queued_work"][v] = float(vehicles["queued_work"][v]) + work
     t.jobs["leased"][j] += count
     model = int(t.jobs["model"][j])
     t.models["waiting_work"][model] = max(float(t.models["waiting_work"][model]) - work, 0.0)
@@ -563,13 +484,8 @@ def shrink_lease(t: Tables, row: int, count: int) -> int:
     leases, vehicles = t.leases, t.vehicles
     left = int(leases["left"][row])
     v = int(leases["vehicle"][row])
-    work = float(leases["work"][row])
-    part = work * count / left if left > count else work
     leases["left"][row] = left - count
-    leases["work"][row] = work - part
     vehicles["outstanding"][v] -= count
-    queued = float(vehicles["queued_work"][v]) - part
-    vehicles["queued_work"][v] = queued if int(vehicles["outstanding"][v]) > 0 and queued > 0.0 else 0.0
     draw(t, v)
     return left - count
 

@@ -97,7 +97,7 @@ class Results(Granting):
         tried = set(strikes)
         model = self.cell.find_model(job.model)
         rows = [self.cell.find(name) for name in tried]
-        here = sum(1 for row in rows if row != NONE and int(self.cell.t.vehicles["counted_model"][row]) == model)
+        here = sum(1 for row in rows if row != NONE and self.cell.serves(row, model))
         enough = len(tried) >= MAX_STRIKES or here == self.serving(job.model)  # or nobody else could try
         return len(strikes) < MAX_STRIKES or (len(strikes) < MAX_STRIKES_IN_ALL and not enough)
 
