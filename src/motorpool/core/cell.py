@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from motorpool.core import kernels
 from motorpool.core.columns import (
+    ANY_REGION,
     JOB,
     LEASE,
     MAX_REGIONS,
     MODEL,
+    NEVER,
     NONE,
     RISK_BUCKETS,
     SITE,
@@ -31,6 +33,7 @@ from motorpool.core.ids import Ids
 from motorpool.core.jit import compiled
 
 FIRST_ROWS: Final = 64
+USUAL_WORK: Final = 256.0  # of a line of which nothing is known yet, work tokens
 LEASE_ROWS: Final = (1 << kernels.LEASE_ROW_BITS) - 1
 _REGIONS: Final = MAX_REGIONS + 1
 
@@ -64,7 +67,7 @@ class Cell:
             buckets=np.full(4 * _REGIONS * RISK_BUCKETS, NONE, np.int32),
             prices=np.full(_REGIONS, NONE, np.int32),
             speeds=np.zeros((4, _REGIONS, TIERS), np.int64),
-            needs=np.zeros((4, _REGIONS), np.int64),
+            needs=np.zeros((4, _REGIONS, TIERS), np.int64),
             free=np.array([0, 0, 1], np.int64),
         )
         self.long_incarnations: dict[int, str] = {}  # those that do not fit the table
@@ -110,7 +113,7 @@ class Cell:
                 models=grown(self.t.models, models),
                 buckets=buckets,
                 speeds=np.concatenate((self.t.speeds, np.zeros((more, _REGIONS, TIERS), np.int64))),
-                needs=np.concatenate((self.t.needs, np.zeros((more, _REGIONS), np.int64))),
+                needs=np.concatenate((self.t.needs, np.zeros((more, _REGIONS, TIERS), np.int64))),
             )
         return row
 
@@ -156,22 +159,79 @@ class Cell:
             self.free_jobs = list(range(2 * rows - 1, rows - 1, -1))
         return self.free_jobs.pop()
 
+    def enter_job(
+        self,
+        *,
+        job_no: int,
+        expires_ms: int,
+        model: str,
+        tenant: str,
+        total: int,
+        most_work: float,
+        regions: int = ANY_REGION,
+        min_trust: int = 0,
+        memory_gb: int = 0,
+        flags: int = 0,
+    ) -> int:
+        """A job comes into the table; its row. ``regions`` is a mask, ``most_work`` what a line can be at most."""
+        row = self.job()
+        m, customer = self.model(model), self.tenant(tenant)
+        t = self.t
+        usual = float(t.models["usual_work"][m]) or USUAL_WORK
+        t.jobs[row : row + 1] = np.zeros(1, JOB)
+        for column, value in (
+            ("job_no", job_no),
+            ("expires_ms", expires_ms),
+            ("model", m),
+            ("tenant", customer),
+            ("total", total),
+            ("slack_ms", NEVER),
+            ("bid_micro_kwh", np.inf),  # whatever energy costs, unless it may wait for cheaper hours
+            ("work_per_line", min(usual, most_work)),
+            ("regions", regions),
+            ("min_trust", min_trust),
+            ("memory_gb", memory_gb),
+            ("flags", flags),
+        ):
+            t.jobs[column][row] = value
+        t.models["jobs"][m] += 1
+        busy = t.tenants["active"] > 0
+        if t.tenants["active"][customer] == 0 and busy.any():  # who comes back has saved up nothing
+            had = float(t.tenants["used"][busy].min())
+            t.tenants["used"][customer] = max(float(t.tenants["used"][customer]), had)
+        t.tenants["active"][customer] += 1
+        return row
+
+    def leave_job(self, row: int) -> None:
+        """A job is over: its row can have another."""
+        t = self.t
+        model = int(t.jobs["model"][row])
+        t.models["jobs"][model] -= 1
+        if t.jobs["done_work"][row] > 0:
+            t.models["usual_work"][model] = t.jobs["work_per_line"][row]
+        t.tenants["active"][int(t.jobs["tenant"][row])] -= 1
+        self.free_jobs.append(row)
+
     def lease(self, v: int, j: int, count: int, work: float, *, now_ms: int, expires_ms: int) -> int:
         """A new lease; its row."""
         row = int(self.k.open_lease(self.t, v, j, count, work, now_ms, expires_ms))
         if row != NONE:
             return row
-        rows = len(self.t.leases)
-        leases = grown(self.t.leases, min(_more(rows), LEASE_ROWS))
-        leases["next"][rows:-1] = np.arange(rows + 1, len(leases))
-        self.t.free[0] = rows
-        self.t = self.t._replace(leases=leases)
+        self.more_leases()
         return int(self.k.open_lease(self.t, v, j, count, work, now_ms, expires_ms))
 
     def serves(self, v: int, model: int) -> bool:
         """Whether a vehicle is present and has a model loaded."""
         place = int(self.t.vehicles["counted_place"][v])
         return place != NONE and place // (_REGIONS * TIERS) == model
+
+    def more_leases(self) -> None:
+        """The table of leases is full: it grows."""
+        rows = len(self.t.leases)
+        leases = grown(self.t.leases, min(_more(rows), LEASE_ROWS))
+        leases["next"][rows:-1] = np.arange(rows + 1, len(leases))
+        self.t.free[0] = rows
+        self.t = self.t._replace(leases=leases)
 
     def leases_of(self, v: int) -> list[int]:
         """The rows of a vehicle's leases, oldest first."""

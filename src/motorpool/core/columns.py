@@ -141,7 +141,8 @@ MODEL: Final = np.dtype(
         ("first", np.int32),  # where its jobs begin in the order
         ("count", np.int32),
         ("jobs", np.int32),  # in progress
-        ("work_per_line", np.float32),  # as jobs of it have shown, 0 while unknown
+        ("usual_work", np.float32),  # of a line, as the last job has shown; 0 while unknown
+        ("work_per_line", np.float32),  # of the lines that wait
     ],
     align=True,
 )
@@ -163,7 +164,7 @@ class Tables(NamedTuple):
     buckets: npt.NDArray[np.int32]  # the first vehicle of each, by (model, region, risk)
     prices: npt.NDArray[np.int32]  # micro a kWh now, by region
     speeds: Ints  # of present vehicles by (model, region, trust), thousandths of a work token a second
-    needs: Ints  # by (model, region): the speed that keeps all promises, in the same unit
+    needs: Ints  # the same: the speed of so much trust or more that keeps all promises which ask for it
     free: Ints  # [0] the first free lease row, [1] how many leases were made, [2] how many regions have a name
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.core.cell import Cell
-from motorpool.core.columns import NEVER, SHADOW
+from motorpool.core.columns import SHADOW
 from motorpool.core.pricing import Price, Shares
 from motorpool.types import Kind
 
@@ -68,38 +68,18 @@ class Job:
         self.rate_at_ms = 0
         self.rate_done = 0
         self._cell = cell
-        self.row = cell.job()
-        self._enter(cell, limits)
-
-    def _enter(self, cell: Cell, limits: npt.NDArray[np.uint32]) -> None:
-        model, tenant = cell.model(self.model), cell.tenant(self.account)
-        t, row = cell.t, self.row
-        t.jobs[row] = np.zeros(1, t.jobs.dtype)[0]
-        t.jobs["job_no"][row] = self.job_no
-        t.jobs["expires_ms"][row] = self.expires_ms
-        t.jobs["model"][row] = model
-        t.jobs["tenant"][row] = tenant
-        t.jobs["total"][row] = self.total
-        t.jobs["slack_ms"][row] = NEVER
-        t.jobs["bid_micro_kwh"][row] = np.inf  # whatever energy costs, unless it may wait for cheaper hours
-        usual = float(t.models["work_per_line"][model])
-        t.jobs["work_per_line"][row] = min(usual, float(limits.mean())) if len(limits) else usual
-        t.models["jobs"][model] += 1
-        had = t.tenants["used"][: len(cell.tenant_names)]
-        busy = t.tenants["active"][: len(cell.tenant_names)] > 0
-        if t.tenants["active"][tenant] == 0 and busy.any():  # who comes back has saved up nothing
-            t.tenants["used"][tenant] = max(float(t.tenants["used"][tenant]), float(had[busy].min()))
-        t.tenants["active"][tenant] += 1
+        self.row = cell.enter_job(
+            job_no=job_no,
+            expires_ms=expires_ms,
+            model=model,
+            tenant=account,
+            total=self.total,
+            most_work=float(limits.mean()) if len(limits) else 0.0,
+        )
 
     def leave(self) -> None:
         """Give the row back: the job is over."""
-        t, row = self._cell.t, self.row
-        model = int(t.jobs["model"][row])
-        t.models["jobs"][model] -= 1
-        if t.jobs["done"][row] and t.jobs["done_work"][row] > 0:
-            t.models["work_per_line"][model] = t.jobs["work_per_line"][row]
-        t.tenants["active"][int(t.jobs["tenant"][row])] -= 1
-        self._cell.free_jobs.append(row)
+        self._cell.leave_job(self.row)
 
     @property
     def done(self) -> int:

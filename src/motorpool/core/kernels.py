@@ -3,7 +3,8 @@
 Production and the simulator run these same functions, plain or compiled (``core.jit``). Each takes the ``Tables`` and
 rows; none knows a name. What they decide:
 
-- ``plan`` orders the jobs of each model, and ``switch_to`` moves vehicles between models: see ``core.planning``.
+- ``plan`` orders the jobs of each model: see ``core.planning``.
+- ``switch_to`` moves vehicles between models.
 - ``pull`` says what a vehicle gets next: the first job in that order that it may run, and so many lines that its queue
   holds two to fifteen minutes of work at its measured speed, less where time is short or the car is about to leave.
 - ``place`` finds the vehicle for a live request: of eight candidates the one least likely to leave.
@@ -36,9 +37,9 @@ from motorpool.core.columns import (
 )
 from motorpool.core.horizon import whole_ms
 from motorpool.core.jit import kernel
-from motorpool.core.planning import plan, switch_to, waiting
+from motorpool.core.planning import patience_ms, plan, spare, speed_at, waiting
 
-__all__ = ["plan", "switch_to", "waiting"]  # they are kernels of this room too
+__all__ = ["patience_ms", "plan", "waiting"]  # they are kernels of this room too
 
 MIN_DEPTH_MS: Final = 20_000
 USUAL_DEPTH_MS: Final = 120_000  # covers a short silence of the network
@@ -53,6 +54,7 @@ TURNS: Final = 10  # a job has time for the usual lease if it has time for so ma
 OUTAGE_S: Final = 30  # a silence of less is the usual pause between two reports
 LEASE_ROW_BITS: Final = 24  # of a lease's number: its row; the rest says which of the leases that had it
 WHOLE_TARGET: Final = 0.9  # how probable it must be that work which is done in one go ends in time
+SWITCH_STAY: Final = 10
 TIGHT: Final = 2  # of a job whose time is less than so many queues, stayers get the lines first
 STAYER_RISK_PCT: Final = 5
 MAX_LIVE_PER_SLOT: Final = 64
@@ -79,6 +81,23 @@ CHEAPER_LATER: Final = 12
 MAY_LEAVE_SOON: Final = 13
 ONLY_RESERVE: Final = 14
 JOB_CANCELLED: Final = 15
+REASONS: Final = {
+    "not_present": NOT_PRESENT,
+    "not_permitted": NOT_PERMITTED,
+    "blocked": BLOCKED,
+    "paused": PAUSED,
+    "other_model": OTHER_MODEL,
+    "other_region": OTHER_REGION,
+    "too_little_trust": TOO_LITTLE_TRUST,
+    "too_little_memory": TOO_LITTLE_MEMORY,
+    "nothing_waits": NOTHING_WAITS,
+    "queue_full": QUEUE_FULL,
+    "site_full": SITE_FULL,
+    "cheaper_later": CHEAPER_LATER,
+    "may_leave_soon": MAY_LEAVE_SOON,
+    "only_reserve": ONLY_RESERVE,
+    "job_cancelled": JOB_CANCELLED,
+}
 
 
 @kernel
@@ -276,13 +295,11 @@ def depth_ms(outage_s: int, risk_pct: int, slack_ms: int) -> int:
 
 @kernel
 def refusal(t: Tables, v: int, j: int) -> int:
-    """Why this vehicle gets no line of this job now, or OK. The vehicle can be given work and has its model."""
+    """Why this vehicle gets no line of this job now, or OK, if it can be given work and has its model loaded."""
     vehicles, jobs = t.vehicles, t.jobs
     flags = int(jobs["flags"][j])
     if flags & CANCELLING != 0:
         return JOB_CANCELLED
-    if int(jobs["model"][j]) != int(vehicles["model"][v]):
-        return OTHER_MODEL
     mask = int(jobs["regions"][j])
     region = int(vehicles["region"][v])
     if mask != ANY_REGION and (mask >> region) & 1 == 0:
@@ -298,6 +315,52 @@ def refusal(t: Tables, v: int, j: int) -> int:
     if flags & RELAXED != 0 and float(jobs["bid_micro_kwh"][j]) < int(t.prices[region]):
         return CHEAPER_LATER
     return OK if waiting(t, j) > 0 else NOTHING_WAITS
+
+
+@kernel
+def switch_to(t: Tables, v: int, idle: bool) -> int:
+    """The model that a vehicle should load in place of its own, or NONE.
+
+    A vehicle leaves its model when it has found nothing to do there (``idle``), or when others keep the promises of its
+    region without it. It goes where a promise is in danger, else, if it is idle, where the most work waits for each
+    unit of speed; only to models that it has on its disk and finds work for, and only if it stays ten times as long as
+    loading takes. What it has not begun it gives back first.
+    """
+    vehicles, models = t.vehicles, t.models
+    own = int(vehicles["model"][v])
+    if own == NONE:
+        return NONE
+    region = int(vehicles["region"][v])
+    speed = int(vehicles["counted_mtok_s"][v])
+    trust = min(int(vehicles["trust"][v]), TIERS - 1)
+    if not idle and spare(t, own, region, trust) < speed:
+        return NONE
+    on_disk = int(vehicles["on_disk"][v])
+    best, best_want = NONE, 0.0
+    for m in range(min(len(models), 32)):
+        if m == own or (on_disk >> m) & 1 == 0 or int(models["count"][m]) == 0:
+            continue
+        if int(vehicles["stay_min"][v]) * 60_000 < SWITCH_STAY * int(models["load_ms"][m]):
+            continue
+        short = -spare(t, m, region, trust)
+        want = float(models["waiting_work"][m]) / (speed_at(t, m, region) + 1000)
+        if short > 0:
+            want = 1e12 + short
+        elif not idle:
+            continue
+        if want > best_want and _finds_work(t, v, m):
+            best, best_want = m, want
+    return best
+
+
+@kernel
+def _finds_work(t: Tables, v: int, model: int) -> bool:
+    """Whether a model has a job that a vehicle may run."""
+    first = int(t.models["first"][model])
+    for place_no in range(first, first + int(t.models["count"][model])):
+        if refusal(t, v, int(t.order[place_no])) == OK:
+            return True
+    return False
 
 
 @kernel

@@ -13,18 +13,49 @@ from typing import Final
 
 import numpy as np
 
-from motorpool.core.columns import ANY_REGION, BEHIND, BEST_EFFORT, IN_ORDER, NONE, RELAXED, TIERS, Floats, Ints, Tables
+from motorpool.core.columns import (
+    ANY_REGION,
+    BEHIND,
+    BEST_EFFORT,
+    IN_ORDER,
+    NEVER,
+    RELAXED,
+    TIERS,
+    Floats,
+    Ints,
+    Tables,
+)
 from motorpool.core.jit import kernel
 
+SILENT_MS: Final = 20_000  # no report for so long: a vehicle is taken for gone
+PATIENCE_MS: Final = 180_000  # and so long what has time is left to it: most silences of a network are over by then
+MAX_PATIENCE_MS: Final = 1_800_000
 MARGIN: Final = 1.3  # of the time that work is expected to take
 MARGIN_MS: Final = 600_000
-SWITCH_STAY: Final = 10
 
 
 @kernel
 def waiting(t: Tables, j: int) -> int:
     """Lines of a job that nobody holds."""
     return int(t.jobs["total"][j]) - int(t.jobs["done"][j]) - int(t.jobs["leased"][j])
+
+
+@kernel
+def patience_ms(t: Tables, j: int) -> int:
+    """How long the cell waits for a silent vehicle before others get the lines of this job that it holds.
+
+    It goes on working without a network, so who takes its lines back at once has most of them done twice. Where
+    nothing else of the job waits, or its time is short, they go to others at once all the same; else an eighth of the
+    job's slack, from three minutes to half an hour.
+    """
+    flags = int(t.jobs["flags"][j])
+    if waiting(t, j) <= 0:
+        return SILENT_MS
+    if flags & BEST_EFFORT != 0:
+        return MAX_PATIENCE_MS
+    if flags & RELAXED == 0:
+        return SILENT_MS
+    return min(max(int(t.jobs["slack_ms"][j]) // 8, PATIENCE_MS), MAX_PATIENCE_MS)
 
 
 @kernel
@@ -103,10 +134,11 @@ def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
     measured = int(t.models["measured"][model])
     # Those that are not measured yet are taken for as fast as the others.
     scale = int(t.models["serving"][model]) / measured if measured > 0 else 1.0
-    before = np.zeros(regions, np.float64)
+    before = np.zeros((regions, TIERS), np.float64)
     can = np.zeros(regions, np.float64)
     for region in range(regions):
-        t.needs[model, region] = 0
+        for tier in range(TIERS):
+            t.needs[model, region, tier] = 0
     strict = start
     for place_no in range(start, stop):
         j = by_end[place_no]
@@ -117,9 +149,10 @@ def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
         waits = 0.0
         for region in range(regions):
             if can[region] > 0.0:
-                waits += before[region]
-                need = MARGIN * before[region] * 1_000_000.0 / max(time_ms - MARGIN_MS // 10, 60_000)
-                t.needs[model, region] = max(int(t.needs[model, region]), int(min(need, 1e15)))
+                waits += before[region, 0]
+                for tier in range(min(int(jobs["min_trust"][j]), TIERS - 1) + 1):
+                    need = MARGIN * before[region, tier] * 1_000_000.0 / max(time_ms - MARGIN_MS // 10, 60_000)
+                    t.needs[model, region, tier] = max(int(t.needs[model, region, tier]), int(min(need, 1e15)))
         need_ms = int(min(MARGIN * waits * 1000.0 / tokens_s, 1e15)) if tokens_s > 0.0 else 0
         slack_ms = time_ms - need_ms
         jobs["slack_ms"][j] = slack_ms
@@ -138,7 +171,8 @@ def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
 def _spread(t: Tables, j: int, work: float, scale: float, before: Floats, can: Floats) -> float:
     """Spread the work of a job over its regions; the speed that it finds there, work tokens a second.
 
-    ``can`` is what each region gives to it; where nothing is present yet all regions count alike.
+    ``before[region, tier]`` is the work that asks for this trust or more, ``can`` what each region gives to the job;
+    where nothing is present yet all regions count alike.
     """
     model, trust = int(t.jobs["model"][j]), int(t.jobs["min_trust"][j])
     mask = int(t.jobs["regions"][j])
@@ -152,10 +186,27 @@ def _spread(t: Tables, j: int, work: float, scale: float, before: Floats, can: F
             total += can[region]
     for region in range(len(before)):
         if mask == ANY_REGION or (mask >> region) & 1 != 0:
-            before[region] += work * can[region] / total if total > 0.0 else work / count
+            part = work * can[region] / total if total > 0.0 else work / count
+            for tier in range(min(trust, TIERS - 1) + 1):
+                before[region, tier] += part
             if total == 0.0:
                 can[region] = 1e-9
     return total
+
+
+@kernel
+def spare(t: Tables, model: int, region: int, trust: int) -> int:
+    """The speed by which the vehicles of a region that have a model exceed what its promises need.
+
+    Thousandths of a work token a second; the least over all tiers that a vehicle of this trust counts for; below zero
+    where promises are in danger.
+    """
+    have, least = 0, NEVER
+    for tier in range(TIERS - 1, -1, -1):
+        have += int(t.speeds[model, region, tier])
+        if tier <= trust:
+            least = min(least, have - int(t.needs[model, region, tier]))
+    return least
 
 
 @kernel
@@ -165,42 +216,6 @@ def speed_at(t: Tables, model: int, region: int) -> int:
     for tier in range(TIERS):
         total += int(t.speeds[model, region, tier])
     return total
-
-
-@kernel
-def switch_to(t: Tables, v: int) -> int:
-    """The model that a vehicle should load in place of its own, or NONE.
-
-    A vehicle leaves its model when it has nothing to do there, or when others keep the promises of its region without
-    it, and goes where a promise is in danger, else (only if it is idle) where the most work waits for each unit of
-    speed. Only models that it has on its disk, and only if it stays ten times as long as loading takes.
-    """
-    vehicles, models = t.vehicles, t.models
-    own = int(vehicles["model"][v])
-    if own == NONE or int(vehicles["outstanding"][v]) > 0:
-        return NONE
-    region = int(vehicles["region"][v])
-    speed = int(vehicles["counted_mtok_s"][v])
-    idle = int(models["count"][own]) == 0
-    if not idle and speed_at(t, own, region) - speed < int(t.needs[own, region]):
-        return NONE
-    on_disk = int(vehicles["on_disk"][v])
-    best, best_want = NONE, 0.0
-    for m in range(min(len(models), 32)):
-        if m == own or (on_disk >> m) & 1 == 0 or int(models["count"][m]) == 0:
-            continue
-        if int(vehicles["stay_min"][v]) * 60_000 < SWITCH_STAY * int(models["load_ms"][m]):
-            continue
-        there = speed_at(t, m, region)
-        short = int(t.needs[m, region]) - there
-        want = float(models["waiting_work"][m]) / (there + 1000)
-        if short > 0:
-            want = 1e12 + short
-        elif not idle:
-            continue
-        if want > best_want:
-            best, best_want = m, want
-    return best
 
 
 @kernel
