@@ -6,7 +6,6 @@ Called by: the ``motorpool`` script.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 import click
 
 from motorpool.cli import extras, output
+from motorpool.cli.lazy import LazyGroup
 
 # Where each command is. A vehicle's agent has no use for the customer's client, so each is imported when it is called.
 COMMANDS: Final[dict[str, str]] = {
@@ -29,32 +29,14 @@ COMMANDS: Final[dict[str, str]] = {
     "serve": "serve:serve",
     "agent": "agent:agent",
     "sim": "sim:sim",
+    "plan": "plan:plan",
 }
 
 
-class Commands(click.Group):
+class Commands(LazyGroup):
     """The commands of ``motorpool``, in the order in which a newcomer meets them."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names."""
-        del ctx
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command; None if there is none of that name. One that lacks a package says so when it is run."""
-        del ctx
-        place = COMMANDS.get(cmd_name)
-        if place is None:
-            return None
-        module, attribute = place.split(":")
-        try:
-            found: click.Command = getattr(importlib.import_module(f"motorpool.cli.{module}"), attribute)
-        except ModuleNotFoundError as error:
-            lacks = extras.missing(error)
-            if lacks is None:
-                raise
-            return extras.placeholder(cmd_name, lacks)
-        return found
+    places = COMMANDS
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import click
 import msgspec
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from motorpool.cli import output
+from motorpool.cli.lazy import LazyGroup
 from motorpool.core.economics import PayRates, Tariff
 from motorpool.core.policy import ReadyBy
 from motorpool.core.wear import WearPrices
@@ -50,17 +51,31 @@ class TimeOfDay(click.ParamType[int]):
         return int(found[1]) * 60 + int(found[2])
 
 
-@click.group()
+class Simulations(LazyGroup):
+    """What can be simulated."""
+
+    places: ClassVar[dict[str, str]] = {
+        "year": "sim:year_command",
+        "scenarios": "sim_fleet:scenarios",
+        "fleet": "sim_fleet:fleet",
+        "run": "sim_faults:run_command",
+        "faults": "sim_faults:faults_command",
+    }
+
+
+@click.group(cls=Simulations)
 def sim() -> None:
-    """Simulate owners and their cars, with the real guard.
+    """Simulate owners, their cars and whole fleets, with the real guard and the real scheduler.
 
     \b
-    Example:
-      motorpool sim year --sessions DATA
+    Examples:
+      motorpool sim year --sessions DATA          a year of one owner
+      motorpool sim fleet s1_mixed_week           a week of a fleet
+      motorpool sim faults                        everything fails, in many small worlds
     """
 
 
-@sim.command("year")
+@click.command("year")
 @click.option(
     "--sessions",
     "path",

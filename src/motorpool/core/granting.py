@@ -23,6 +23,7 @@ MAX_LEASE_MS: Final = 3_600_000
 FILL_EVERY_MS: Final = 100  # handed back lines are granted to others at most this often; and with each tick
 PLAN_EVERY_MS: Final = 1_000
 MAX_FILLED: Final = 4_096  # vehicles that are looked at in one go; the others with the next tick
+MAX_RECALLED: Final = 1_024  # leases, in one plan
 MAX_GRANT_LINES: Final = 1_024
 MAX_GRANT_BYTES: Final = 1_048_576
 BACKOFF_MS: Final = 2_000  # no grants for so long to a vehicle that has just handed work back
@@ -47,6 +48,7 @@ class Granting:
         self.cell = Cell(fast=fast)
         self.jobs: dict[int, Job] = {}
         self.job_numbers: dict[str, int] = {}
+        self.residency: dict[int, tuple[str, ...]] = {}  # regions that a job is bound to, by its number
         self.vehicles = Vehicles(self.cell)
         self.leases = Leases(self.cell, self.lease_row, self.lease_id, self.job_of)
         self._by_row: dict[int, Job] = {}
@@ -57,6 +59,8 @@ class Granting:
         self._filled_ms = -FILL_EVERY_MS
         self._planned_ms = -PLAN_EVERY_MS
         self._tails: list[Job] = []  # of which only the last lines run
+        self._rows: Ints = np.zeros(MAX_RECALLED, np.int64)
+        self._recalled: Commands = []  # by the last plan, and not sent yet
         self._unplanned = False  # a job has waiting lines that the plan does not know of
 
     # -- leases and their names ----------------------------------------------------------------------------------------
@@ -219,6 +223,7 @@ class Granting:
         del self.jobs[job.job_no]
         del self.job_numbers[job.job_id]
         del self._by_row[job.row]
+        self.residency.pop(job.job_no, None)
         self._unplanned = True
         job.leave()
         if job.cancelling_ms is None:
@@ -245,7 +250,13 @@ class Granting:
         self._planned_ms, self._unplanned = now_ms, False
         rows: Ints = np.array([job.row for job in self.jobs.values() if job.cancelling_ms is None], np.int64)
         self.cell.k.plan(self.cell.t, rows, now_ms)
+        self._recalled += self._recall(now_ms)
         self._tails = [job for job in self.jobs.values() if _is_tail(job)]
+
+    def _recall(self, now_ms: int) -> Commands:
+        """Ask back what is not begun of leases that would be late; others get it when it has come."""
+        found = int(self.cell.k.recall(self.cell.t, now_ms, self._rows))
+        return [self._revoke(int(row), keep_running=True) for row in self._rows[:found]]
 
     def _fill_all(self, now_ms: int) -> Commands:
         """Grant work to every vehicle whose queue is less than half full, in the order in which they first came."""
@@ -258,7 +269,11 @@ class Granting:
         if t.models["count"].any():
             for v in self._hungry(now_ms):
                 commands += self._fill(v, now_ms)
-        return commands
+        return commands + self._take_recalled()
+
+    def _take_recalled(self) -> Commands:
+        recalled, self._recalled = self._recalled, []
+        return recalled
 
     def _hungry(self, now_ms: int) -> list[int]:
         vehicles = self.cell.t.vehicles[: self.cell.ids.rows]

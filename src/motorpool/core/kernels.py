@@ -20,14 +20,17 @@ from typing import Final
 from motorpool.core.columns import (
     ANY_REGION,
     BEHIND,
+    BEST_EFFORT,
     CANCELLING,
     DRAWING,
     NONE,
     OFFLINE,
     READY,
+    RECALLED,
     RELAXED,
     RESERVE,
     RISK_BUCKETS,
+    SHADOW,
     TIERS,
     WHOLE,
     WITHDRAWN,
@@ -132,7 +135,9 @@ def recount(t: Tables, v: int) -> None:
     if model != NONE:
         region, trust = int(vehicles["region"][v]), min(int(vehicles["trust"][v]), TIERS - 1)
         place = (model * regions + region) * TIERS + trust
-        mtok_s = min(int(float(vehicles["speed"][v]) * 1000.0), 2_000_000_000)
+        # What can be counted on for half an hour: whoever is about to leave counts for less.
+        stays_pct = max(100 - int(vehicles["risk_pct"][v]), 0)
+        mtok_s = min(int(float(vehicles["speed"][v]) * 0.1 * stays_pct * stays_pct), 2_000_000_000)
     before, mtok_s_before = int(vehicles["counted_place"][v]), int(vehicles["counted_mtok_s"][v])
     if before != place or mtok_s_before != mtok_s:
         if before != NONE:
@@ -570,6 +575,34 @@ def close_lease(t: Tables, row: int) -> None:
     leases["vehicle"][row] = NONE
     leases["next"][row] = int(t.free[0])
     t.free[0] = row
+
+
+@kernel
+def recall(t: Tables, now_ms: int, out: Ints) -> int:
+    """Leases from which the lines that are not begun should come back, into ``out``; how many they are.
+
+    Of jobs that have no time to spare, those whose vehicle would not be through a quarter of its queue before the end:
+    it is slower than was thought, or the job has become urgent since. Each lease is recalled once.
+    """
+    leases, jobs = t.leases, t.jobs
+    found = 0
+    for row in range(len(leases)):
+        if found == len(out):
+            break
+        if int(leases["number"][row]) == NONE or int(leases["flags"][row]) & (RECALLED | SHADOW) != 0:
+            continue
+        j, v = int(leases["job"][row]), int(leases["vehicle"][row])
+        if int(jobs["flags"][j]) & (RELAXED | BEST_EFFORT | WHOLE | CANCELLING) != 0 or not present(t, v):
+            continue
+        if int(leases["left"][row]) <= max(1, int(t.vehicles["slots"][v])):
+            continue
+        busy_ms = queue_ms(t, v)
+        if now_ms + busy_ms + busy_ms // 4 <= int(jobs["expires_ms"][j]):
+            continue
+        leases["flags"][row] = int(leases["flags"][row]) | RECALLED
+        out[found] = row
+        found += 1
+    return found
 
 
 @kernel

@@ -9,7 +9,7 @@ again, each with the longest checkpoint that is known. Departures are never held
 server errors are, and a line that has caused MAX_STRIKES of them ends in a named error.
 
 The state is columns (``core.columns``), the hot decisions are kernels (``core.kernels``); ``core.granting`` and
-``core.results`` are the other two parts of the one class.
+``core.results`` are other parts of the one class, as is ``core.terms``: what customers ask for and operators set.
 
 Must not: read clocks, mint random ids, see bodies. Called by: ``server.loop`` and the simulator.
 """
@@ -35,15 +35,17 @@ from motorpool.core.columns import (
 from motorpool.core.fleet import BIT_OF_REASON, NUMBER_OF_STATE, STATES, incarnation, reasons_of, set_incarnation
 from motorpool.core.granting import BACKOFF_MS, MAX_LEASE_MS, MIN_LEASE_MS, Commands
 from motorpool.core.jobs import DONE, PENDING, Job
+from motorpool.core.planning import SILENT_MS
 from motorpool.core.pricing import Shares
-from motorpool.core.results import MAX_STRIKES, MAX_STRIKES_IN_ALL, Results
+from motorpool.core.results import MAX_STRIKES, MAX_STRIKES_IN_ALL
+from motorpool.core.terms import Terms
 from motorpool.types import ReasonCode, VehicleState
 from motorpool.wire import State
 
 __all__ = ["BACKOFF_MS", "MAX_LEASE_MS", "MAX_STRIKES", "MAX_STRIKES_IN_ALL", "MIN_LEASE_MS", "Scheduler"]
 
 TICK_MS: Final = 1_000
-SILENT_AFTER_MS: Final = 20_000  # no report for so long: the vehicle is taken for gone
+SILENT_AFTER_MS: Final = SILENT_MS  # no report for so long: the vehicle is taken for gone
 RESEND_AFTER_MS: Final = 3_000  # a grant that no report mentions is sent again
 MAX_SENDS: Final = 5
 MISSING_AFTER_MS: Final = 15_000  # a lease that the vehicle has ended while its results did not come
@@ -54,7 +56,7 @@ MAX_MINUTES: Final = 0xFFFE
 MAX_SLOTS: Final = 0xFFFF
 
 
-class Scheduler(Results):
+class Scheduler(Terms):
     """The state of one cell's scheduling."""
 
     def __init__(self, epoch: int = 0, *, fast: bool = False) -> None:
@@ -66,6 +68,9 @@ class Scheduler(Results):
             ev.VehicleReported: self._vehicle_reported,
             ev.VehicleRevoked: self._vehicle_revoked,
             ev.OwnerSpoke: self._owner_spoke,
+            ev.VehicleConfigured: self._vehicle_configured,
+            ev.SiteConfigured: self._site_configured,
+            ev.CustomerConfigured: self._customer_configured,
             ev.ResultsArrived: self._results_arrived,
             ev.WorkReturned: self._work_returned,
             ev.ProgressMade: self._progress_made,
@@ -103,6 +108,7 @@ class Scheduler(Results):
             lengths=event.lengths,
             limits=event.limits,
         )
+        self._take_terms(job, event)
         self.jobs[job.job_no] = job
         self.job_numbers[job.job_id] = job.job_no
         self._by_row[job.row] = job
@@ -124,6 +130,7 @@ class Scheduler(Results):
         job.restore(done)
         job.carried = {line: shares for line, shares in carried.items() if job.state[line] != DONE}
         job.checkpoint_bytes = {line: size for line, size in checkpoint_bytes.items() if line in job.carried}
+        held = self._still_held(job, held)
         job.held = {line: vehicles for line, vehicles in held.items() if job.state[line] != DONE}
         job.cancelling_ms = cancelling_ms
         if cancelling_ms is not None:
@@ -146,14 +153,24 @@ class Scheduler(Results):
         self._old_names[row] = saved.lease_id
 
     def restore_vehicle(
-        self, vehicle_id: str, *, region: str, withdrawn: bool, withdrawal_seen: bool, paused_until_ms: int
+        self,
+        vehicle_id: str,
+        *,
+        region: str,
+        withdrawn: bool,
+        withdrawal_seen: bool,
+        paused_until_ms: int,
+        site: str = "",
+        trust: int = 0,
+        reserve: bool = False,
     ) -> None:
-        """Put back what the books know of a vehicle: where it is, and what its owner has said."""
+        """Put back what the books know of a vehicle: where it is, what its owner has said and its operator has set."""
         v = self.cell.vehicle(vehicle_id)
         vehicles = self.cell.t.vehicles
         vehicles["region"][v] = self.cell.region(region)
         vehicles["paused_until_ms"][v] = paused_until_ms
         self._set_withdrawn(v, withdrawn=withdrawn, seen=withdrawal_seen)
+        self._configure(v, site=site, trust=trust, reserve=reserve)
 
     def resume(self, now_ms: int, *, settled_ms: int) -> Commands:
         """After everything was put back from the books: end what has nothing left, and give vehicles time to report.
@@ -250,7 +267,10 @@ class Scheduler(Results):
             return []
         commands: Commands = []
         if moved:
+            self._mask_again()
             commands.append(ev.SaveRegion(vehicle_id=vehicle_id, region=state.region))
+            commands += self._expel(v, "it has left the regions of their job")
+        commands += self._relieve(int(vehicles["site"][v]), first=v)
         after = self._in_words(v)
         if before != after:
             commands.append(ev.Note(subject=vehicle_id, what=after))
@@ -297,7 +317,8 @@ class Scheduler(Results):
         commands: Commands = []
         if event.withdrawn:
             vehicles["reasons"][v] &= np.uint64(BIT_OF_REASON[ReasonCode.CONSENT_WITHDRAWN])
-            for column in ("permit_w", "stay_min", "risk_pct"):
+            self._permit_gone(v)
+            for column in ("stay_min", "risk_pct"):
                 vehicles[column][v] = 0
             commands.append(ev.DropStory(subject=event.vehicle_id))
         else:
@@ -415,15 +436,12 @@ class Scheduler(Results):
         del event
         commands: Commands = []
         vehicles = self.cell.t.vehicles[: self.cell.ids.rows]
-        silent = vehicles["seen_ms"] <= now_ms - SILENT_AFTER_MS
-        silent &= ((vehicles["flags"] & OFFLINE) == 0) | (vehicles["lease"] != NONE)
+        silent = (vehicles["seen_ms"] <= now_ms - SILENT_AFTER_MS) & ((vehicles["flags"] & OFFLINE) == 0)
         for v in map(int, np.flatnonzero(silent)):
-            if not self.cell.t.vehicles["flags"][v] & OFFLINE:
-                self.cell.t.vehicles["flags"][v] |= OFFLINE
-                self.cell.k.recount(self.cell.t, v)
-                commands.append(ev.Note(subject=self.cell.ids.name(v), what="offline: no report"))
-            for row in self.cell.leases_of(v):
-                commands += self._take_back(row, "the vehicle is silent")
+            self.cell.t.vehicles["flags"][v] |= OFFLINE
+            self.cell.k.recount(self.cell.t, v)
+            commands.append(ev.Note(subject=self.cell.ids.name(v), what="offline: no report"))
+        commands += self._miss(now_ms)
         leases = self.cell.t.leases
         over = np.flatnonzero((leases["number"] != NONE) & (leases["expires_ms"] <= now_ms - EXPIRY_GRACE_MS))
         for row in map(int, over):
@@ -440,6 +458,20 @@ class Scheduler(Results):
             elif job.cancelling_ms is not None and now_ms - job.cancelling_ms >= CANCEL_GRACE_MS:
                 commands += self._end(job, "cancelled; lines that still ran were stopped")
         return commands + self._fill_all(now_ms)
+
+    def _miss(self, now_ms: int) -> Commands:
+        """Give to others what silent vehicles hold, each lease when its job can wait no longer."""
+        leases, seen_ms = self.cell.t.leases, self.cell.t.vehicles["seen_ms"]
+        rows = np.flatnonzero(leases["number"] != NONE)
+        rows = rows[seen_ms[leases["vehicle"][rows]] <= now_ms - SILENT_AFTER_MS]
+        commands: Commands = []
+        for row in map(int, rows[np.argsort(leases["number"][rows], kind="stable")]):
+            if leases["number"][row] == NONE:
+                continue  # its job has just ended
+            silent_ms = now_ms - int(seen_ms[leases["vehicle"][row]])
+            if silent_ms >= self.cell.k.patience_ms(self.cell.t, int(leases["job"][row])):
+                commands += self._take_back(row, "the vehicle is silent")
+        return commands
 
 
 _PERMITTED: Final = frozenset((NUMBER_OF_STATE[VehicleState.READY], NUMBER_OF_STATE[VehicleState.WORKING]))

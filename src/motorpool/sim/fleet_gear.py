@@ -29,6 +29,7 @@ from motorpool.core.kernels import (
     patience_ms,
     plan,
     pull,
+    recall,
     recount,
     report,
     shrink_lease,
@@ -62,7 +63,7 @@ SWITCHES: Final = 7  # (models loaded)
 TAKEN_BACK: Final = 8  # (lines)
 ENERGY: Final = 9  # watt-seconds at work
 COST: Final = 10  # of that energy, at the price of its hour, in millionths
-RECALLED: Final = 12  # (lines that were given back to load another model)
+RECALLED: Final = 12  # (lines that were given back before they were begun)
 FAILED_WHOLE: Final = 11  # of work that is done in one go: lost
 IDLE: Final = 16  # that could have been made while a vehicle had nothing, by the reason that it was given
 COUNTS: Final = 48
@@ -117,6 +118,7 @@ class Arena(NamedTuple):
     job_on_time: npt.NDArray[np.float64]  # lines of each job that were finished before its end
     counts: npt.NDArray[np.float64]
     hours: npt.NDArray[np.float64]  # useful tokens and vehicle-seconds at work, by hour
+    recalled: Ints
     settings: Ints  # seed, horizon, crash mean, restart, outage mean, and flags of what is left out
 
 
@@ -604,6 +606,21 @@ def close_job(t: Tables, a: Arena, j: int, now_ms: int) -> None:
 
 
 @kernel
+def _recall(t: Tables, a: Arena, now_ms: int) -> None:
+    """Vehicles give back what they have not begun and others can do sooner."""
+    for at in range(recall(t, now_ms, a.recalled)):
+        row = int(a.recalled[at])
+        if int(t.leases["number"][row]) == NONE:
+            continue
+        v, j = int(t.leases["vehicle"][row]), int(t.leases["job"][row])
+        back = int(t.leases["left"][row]) - SLOTS
+        if back > 0 and int(a.cars["silent"][v]) == 0 and int(a.cars["phase"][v]) == HERE:
+            a.counts[RECALLED] += back
+            t.jobs["leased"][j] -= back
+            shrink_lease(t, row, back)
+
+
+@kernel
 def run_until(t: Tables, a: Arena, rows: Ints, from_slot: int, until_ms: int, out: Ints) -> int:
     """Let time pass to ``until_ms``; the slot that is next, or -1 - slot if the lease table has to grow first.
 
@@ -613,6 +630,8 @@ def run_until(t: Tables, a: Arena, rows: Ints, from_slot: int, until_ms: int, ou
     while slot * SLOT_MS < until_ms:
         if slot * SLOT_MS % PLAN_MS == 0:
             plan(t, rows, slot * SLOT_MS)
+            if int(a.settings[NO_REVOKE]) == 0:
+                _recall(t, a, slot * SLOT_MS)
         v = int(a.slots[slot])
         while v != NONE:
             _unschedule(a, v)

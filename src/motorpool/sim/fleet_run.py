@@ -51,6 +51,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     grants: int
     switches: int
     taken_back: int
+    recalled: int
     energy_kwh: float
     cost_micro: float
     idle: dict[str, float]
@@ -225,6 +226,7 @@ class FleetRun:
             grants=int(counts[gear.GRANTS]),
             switches=int(counts[gear.SWITCHES]),
             taken_back=int(counts[gear.TAKEN_BACK]),
+            recalled=int(counts[gear.RECALLED]),
             energy_kwh=float(counts[gear.ENERGY]) / 3.6e6,
             cost_micro=float(counts[gear.COST]),
             idle={name: float(counts[gear.IDLE + code]) for name, code in kernels.REASONS.items()},
@@ -270,6 +272,7 @@ def _arena(world: World, switches: Switches, cell: Cell) -> Arena:
         job_on_time=np.zeros(len(world.jobs), np.float64),
         counts=np.zeros(gear.COUNTS + 64, np.float64),
         hours=np.zeros((2, hours), np.float64),
+        recalled=np.zeros(4096, np.int64),
         settings=settings,
         **columns,
     )
