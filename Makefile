@@ -12,6 +12,7 @@ setup:
 
 model: setup
 	@$(BIN)/motorpool models pull smollm2-135m-instruct --quiet-if-present
+	@$(BIN)/motorpool models pull all-minilm-l6-v2 --quiet-if-present
 
 demo: setup ## Run a batch of real documents on three parked vehicles, one of which drives off
 	@$(BIN)/motorpool demo
@@ -72,9 +73,21 @@ bench-agent: setup ## What the agent itself takes while its car may not work
 	@$(BIN)/python -m bench.report --markdown
 	@$(BIN)/python -m bench.summary
 
+.PHONY: bench-cell bench-streams
+bench-cell: setup ## What the scheduler harvests, wastes and promises, beside other policies and the best possible
+	@$(BIN)/python -m bench.run_cell $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary
+
+bench-streams: setup model ## Streams while their vehicles are killed, frozen, cut off and driven away
+	@$(BIN)/python -m bench.run_streams $(BENCH_FLAGS)
+	@$(BIN)/python -m bench.report --markdown
+	@$(BIN)/python -m bench.summary
+
 .PHONY: check-deep wear-table departures-check
-check-deep: setup model ## Ten thousand examples of each invariant, and every fault at every step of a lease (an hour)
+check-deep: setup model ## Ten thousand examples of each invariant, 20,000 worlds of faults, every fault at every step (hours)
 	@MOTORPOOL_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_invariants.py tests/test_invariant_*.py tests/test_trust_*.py -p no:cacheprovider
+	@MOTORPOOL_SEEDS=20000 $(BIN)/python -m pytest tests/test_sim_faults.py -p no:cacheprovider
 	@MOTORPOOL_SWEEP=all $(BIN)/python -m pytest tests/test_fault_sweep.py -s
 
 wear-table: setup ## Run the battery models again and write the wear table

@@ -17,7 +17,7 @@ BENCH = ROOT / "bench"
 ENVS = BENCH / ".envs"
 REQUIREMENTS = BENCH / "requirements"
 BIN = ROOT / ".venv" / "bin"
-NAMES = ("celery", "dask", "jetstream", "litellm", "postgres", "procrastinate", "ray", "vllm-router")
+NAMES = ("celery", "dask", "jetstream", "litellm", "postgres", "procrastinate", "ray", "sglang-router", "vllm-router")
 
 
 class MissingEnvError(Exception):

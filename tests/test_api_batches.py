@@ -249,7 +249,7 @@ def test_a_value_of_a_line_is_not_repeated_in_its_error(client: openai.OpenAI) -
 @pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
-        ({"endpoint": "/v1/embeddings"}, "invalid_value", "endpoint"),
+        ({"endpoint": "/v1/moderations"}, "invalid_value", "endpoint"),
         ({"completion_window": "24 h"}, "invalid_value", "completion_window"),
         ({"completion_window": "14m"}, "invalid_value", "completion_window"),
         ({"completion_window": "8d"}, "invalid_value", "completion_window"),

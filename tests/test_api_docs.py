@@ -11,12 +11,28 @@ from tests.api_cell import LocalCell
 
 from motorpool import errors, types
 from motorpool.agent.runtime import request as engine_request
-from motorpool.server.openai import app, batches, exchange, files, heads, requests, settings, uploads, validation
+from motorpool.server.openai import (
+    app,
+    batches,
+    embeddings,
+    exchange,
+    files,
+    heads,
+    idempotency,
+    requests,
+    settings,
+    uploads,
+    validation,
+    webhooks,
+)
 from motorpool.server.openai.decoding import CHOICES
 from motorpool.server.openai.footprints import ShownFootprint
 from motorpool.server.openai.lines import check_line
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.server.owner import routes, sessions
+from motorpool.server.webhooks import sender, targets, worker
+from motorpool.store import idempotency as kept
+from motorpool.store import webhooks as told
 from motorpool.trust import consent, owneraccess
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +45,13 @@ SOURCES = [
     *OWNER,
     ROOT / "src/motorpool/store/customer.py",
     ROOT / "src/motorpool/store/blobs.py",
+    ROOT / "src/motorpool/store/webhooks.py",
+    ROOT / "src/motorpool/server/webhooks/targets.py",
     ROOT / "src/motorpool/server/live.py",
     ROOT / "src/motorpool/server/loop.py",
     ROOT / "src/motorpool/agent/runtime/answer.py",
+    ROOT / "src/motorpool/agent/runtime/embedding.py",
+    ROOT / "src/motorpool/agent/runtime/llama_embed.py",
     ROOT / "src/motorpool/agent/runtime/instance.py",
     ROOT / "src/motorpool/agent/runtime/llama_grammar.py",
     ROOT / "src/motorpool/agent/runtime/llama_run.py",
@@ -132,7 +152,9 @@ def test_every_code_of_the_api_itself_is_provoked_by_a_test() -> None:
     [
         ("Chat completions", requests.ChatRequest),
         ("Completions", requests.CompletionRequest),
+        ("Embeddings", embeddings.EmbeddingRequest),
         ("Batches", batches.NewBatch),
+        ("Webhooks", webhooks.NewWebhook),
     ],
 )
 def test_every_field_is_documented(title: str, struct: type) -> None:
@@ -188,6 +210,21 @@ def test_every_limit_is_documented() -> None:
     assert all(f"`{name}`" in PAGE for name in routes.OwnerView.__struct_fields__)
     assert all(f"| `{name}` |" in PAGE for name in ShownFootprint.__struct_fields__)
     assert all(f"`{purpose}`" in PAGE for purpose in files.PURPOSES)
+
+
+def test_limits_of_embeddings_idempotency_and_webhooks_are_documented() -> None:
+    assert f"at most {types.MAX_EMBEDDING_INPUTS}, none empty" in PAGE
+    assert f"1 to {idempotency.MAX_NAME_BYTES} visible ASCII" in PAGE
+    assert f"up to {idempotency.MAX_KEPT_BYTES} bytes are kept, {kept.MAX_ANSWERS} of an account" in PAGE
+    assert f"and {kept.MAX_ACCOUNT_BYTES} bytes at most" in PAGE
+    assert f"For {kept.LIFE_MS // 3_600_000} hours" in PAGE
+    assert f"1 to {webhooks.MAX_NAME_CHARS} characters" in PAGE
+    assert f"at most {targets.MAX_URL_CHARS} characters" in PAGE
+    assert f"within {sender.TOTAL_S:.0f} seconds" in PAGE
+    assert f"{worker.MAX_ATTEMPTS} times in all" in PAGE
+    assert f"kept for {told.KEPT_MS // 86_400_000} days, {told.MAX_ENDED} of a webhook" in PAGE
+    assert f"at most {told.MAX_WEBHOOKS} webhooks" in PAGE
+    assert all(f"`{kind}`" in PAGE for kind in told.EVENT_TYPES)
 
 
 def test_the_values_that_an_error_offers_are_those_that_are_taken() -> None:

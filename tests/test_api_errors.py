@@ -53,7 +53,7 @@ def _error(response: httpx.Response) -> tuple[int, str]:
 # -- routes
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/files/a/b", "/v1/batches/x/y", "/v1/models/"])
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/moderations", "/v1/files/a/b", "/v1/batches/x/y", "/v1/models/"])
 def test_unknown_routes_are_said_so_in_the_envelope(server: Running, path: str) -> None:
     assert _error(_call(server, "GET", path)) == (404, "unknown_route")
 

@@ -12,8 +12,8 @@ from tests.cell_world import Agent, World, a_world, answer, run
 from motorpool import wire
 from motorpool.agent.signals.car import CarSpec
 from motorpool.agent.signals.owner_port import play_owner
+from motorpool.core import streams
 from motorpool.errors import CapacityError
-from motorpool.server import live
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens
 from motorpool.types import ReturnReason, Usage, VehicleState
 
@@ -217,8 +217,9 @@ def test_a_vehicle_that_is_struck_off_loses_its_live_requests_at_once(tmp_path: 
 def test_a_plain_answer_may_take_longer_than_a_stream_may_be_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "FIRST_MESSAGE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(live, "NEXT_MESSAGE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(streams, "PRIOR_FIRST_MS", 10)
+    monkeypatch.setattr(streams, "PRIOR_BYTE_MS", 0)
+    monkeypatch.setattr(streams, "PRIOR_GAP_MS", 10)
 
     async def test() -> None:
         async with a_world(tmp_path) as world:
@@ -241,23 +242,20 @@ def test_a_client_that_reads_slowly_does_not_cost_its_vehicle_the_request(
             first = asyncio.create_task(next_item(items))
             opened = await hand.next(wire.Open)
             hand.say(tokens(opened, 0, "one"))
+            hand.say(tokens(opened, 1, "two", usage=Usage(prompt_tokens=3, completion_tokens=2)))
             assert text_of(await first) == "one"
-            monkeypatch.setattr(live, "NEXT_MESSAGE_TIMEOUT_S", -1.0)
-            for call in world.cell.desk._calls.values():
-                call.patience_ends_s = 0.0
-            world.cell.desk.on_tick()  # nobody has asked for the next token yet
-            monkeypatch.setattr(live, "NEXT_MESSAGE_TIMEOUT_S", 60.0)
-            second = asyncio.create_task(next_item(items))
-            hand.say(tokens(opened, 1, "two"))
-            assert text_of(await second) == "two"
-            third = asyncio.create_task(next_item(items))
-            await asyncio.sleep(0)
-            for call in world.cell.desk._calls.values():
-                call.patience_ends_s = 0.0
-            world.cell.desk.on_tick()
-            assert (await hand.next(wire.Open)).attempt == opened.attempt + 1, "a vehicle that is silent loses it"
-            third.cancel()
-            await asyncio.gather(third, return_exceptions=True)
+            await world.until(lambda: not world.cell.desk._by_vehicle)  # its slot is free before all is read
+            assert text_of(await next_item(items)) == "two"
+            monkeypatch.setattr(streams, "PRIOR_GAP_MS", 5)
+            items = world.cell.live(world.request("y", 9, stream=True))
+            first = asyncio.create_task(next_item(items))
+            opened = await hand.next(wire.Open)
+            hand.say(tokens(opened, 0, "one"))
+            again = await hand.next(wire.Open)  # whoever reads or not
+            assert again.attempt == opened.attempt + 1, "a vehicle that is silent loses it"
+            assert wire.decode_checkpoint(again.checkpoint).text == "one"
+            assert text_of(await first) == "one"
+            await items.aclose()  # type: ignore[attr-defined]
 
     run(test())
 
@@ -333,7 +331,7 @@ def test_without_vehicles_the_error_comes_before_the_first_item(tmp_path: Path) 
 def test_a_stream_that_breaks_for_good_is_paid_as_far_as_it_was_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "PATIENCE_S", 0.0)
+    monkeypatch.setitem(streams.WAIT_MS, streams.Tier.GOING_ON, 0)
 
     async def test() -> None:
         async with a_world(tmp_path) as world:

@@ -153,6 +153,7 @@ try:
     print(model.socket.template(b'[{"role":"user","content":"x"}]', {}).replace("\\n", " "), flush=True)
 except ModelFileError as error:
     print(error.message, flush=True)
+    os._exit(0)  # before the half-loaded model is taken apart
 os._exit(0)
 """
 

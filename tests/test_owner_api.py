@@ -524,7 +524,7 @@ def test_invariant_19_no_message_of_a_vehicle_has_a_field_for_a_place_or_a_trip(
     """Every name that can leave the car, and every text: a field that is added has to be thought about here."""
     kinds: tuple[type[msgspec.Struct], ...] = (
         wire.State, wire.Progress, wire.ProgressItem, wire.Results, wire.ResultItem, wire.Returned, wire.ReturnItem,
-        wire.Tokens, wire.Delta, wire.Answered, wire.Broken, wire.Checkpoint, Usage, Reason,
+        wire.Tokens, wire.Delta, wire.Answered, wire.Broken, wire.Checkpoint, wire.CheckpointChoice, Usage, Reason,
     )  # fmt: skip
     assert {kind.__struct_config__.tag for kind in kinds if issubclass(kind, wire.Message)} == {
         kind.__struct_config__.tag for union in (wire.UpState, wire.UpWork, wire.UpLive) for kind in get_args(union)
@@ -537,6 +537,6 @@ def test_invariant_19_no_message_of_a_vehicle_has_a_field_for_a_place_or_a_trip(
         "engine", "lease_id", "job_id", "items", "line", "tokens", "checkpoint", "message_id", "media_type", "status",
         "body", "prompt_tokens", "completion_tokens", "cached_tokens", "carried_tokens", "reason", "started",
         "request_id", "attempt", "deltas", "usage", "index", "text", "token_ids", "logprobs", "finish_reason", "code",
-        "detail",
+        "detail", "choices", "hold",
     }  # fmt: skip
     assert named == of_the_car | of_the_work

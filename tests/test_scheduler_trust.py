@@ -179,6 +179,24 @@ def test_a_grant_of_a_cancelled_job_that_got_lost_is_not_sent_again() -> None:
     assert ev.AssembleFiles(job_no=1) in commands
 
 
+def test_a_vehicle_that_refuses_a_grant_as_too_much_gets_half_of_it_next_time() -> None:
+    scheduler = Scheduler()
+    scheduler.handle(started(64), 0)
+    now, sizes = 0, []
+    for turn in range(8):
+        lease = grants(scheduler.handle(report("small", 1 + turn, slots=16), now))[0]
+        sizes.append(len(lease.lines))
+        if len(lease.lines) <= 3:
+            break
+        started_none = [False] * len(lease.lines)
+        refused = returned("small", lease.lease_id, lease.lines, reason=ReturnReason.REFUSED, started=started_none)
+        scheduler.handle(refused, now)
+        now += BACKOFF_MS
+    assert sizes == [32, 16, 8, 4, 2]
+    lease = grants(scheduler.handle(report("small", 99, slots=16, incarnation="new"), now))[0]
+    assert len(lease.lines) == 32, "another agent may take more"
+
+
 def test_a_failing_vehicle_waits_longer_each_time_until_something_succeeds() -> None:
     scheduler = Scheduler()
     scheduler.handle(started(2), 0)

@@ -90,18 +90,18 @@ def test_norwegian_sessions_with_what_the_other_files_say(tmp_path: Path) -> Non
     assert all(session.charger_w is None and session.soc_start_pct is None for session in alone)
 
 
-def test_boulder_writes_local_times_and_names_their_zone(tmp_path: Path) -> None:
+def test_boulder_writes_times_in_utc_and_names_the_zone_of_the_place(tmp_path: Path) -> None:
     assert boulder(written(tmp_path, "boulder.csv", STATIONS)) == [
         Session(
             user="BOULDER / JUNCTION ST1",
-            plug_in_ms=utc_ms("2018-01-12 23:24"),
-            plug_out_ms=utc_ms("2018-01-13 03:24"),
+            plug_in_ms=utc_ms("2018-01-12 16:24"),
+            plug_out_ms=utc_ms("2018-01-12 20:24"),
             energy_kwh=19.095,
         ),
         Session(
             user="BOULDER / BASELINE, ST1",
-            plug_in_ms=utc_ms("2018-07-12 21:54"),
-            plug_out_ms=utc_ms("2018-07-12 23:22"),
+            plug_in_ms=utc_ms("2018-07-12 15:54"),
+            plug_out_ms=utc_ms("2018-07-12 17:22"),
             energy_kwh=6.706,
         ),
     ]

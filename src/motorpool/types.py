@@ -20,6 +20,7 @@ class Kind(StrEnum):
 
     CHAT = "chat/completions"
     COMPLETION = "completions"
+    EMBEDDING = "embeddings"
 
     @property
     def url(self) -> str:
@@ -139,3 +140,4 @@ MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024  # one message on the vehicle link
 MAX_ITEMS_PER_MESSAGE = 4096
 MAX_CUSTOM_ID_CHARS = 512
+MAX_EMBEDDING_INPUTS = 2048  # texts or lists of tokens of one request; OpenAI's bound

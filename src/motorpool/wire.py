@@ -133,7 +133,9 @@ class Revoke(Message, frozen=True, kw_only=True, tag="revoke"):
 class Open(Message, frozen=True, kw_only=True, tag="open"):
     """Run one live request now. ``attempt`` counts the vehicles that tried; later ones get a checkpoint.
 
-    ``pay_*`` and ``customer_class`` as in a Grant.
+    ``prepare``: only read the prompt and the checkpoint, say so in a Tokens message without deltas, and hold the place
+    until a later attempt of the same request goes on from there, or a Close. ``pay_*`` and ``customer_class`` as in a
+    Grant.
     """
 
     request_id: Name
@@ -147,6 +149,7 @@ class Open(Message, frozen=True, kw_only=True, tag="open"):
     pay_input_micro: Total = 0
     pay_output_micro: Total = 0
     customer_class: Name = ""
+    prepare: bool = False
 
 
 class Close(Message, frozen=True, kw_only=True, tag="close"):
@@ -238,11 +241,23 @@ class State(Message, frozen=True, kw_only=True, tag="state"):
     risk_15min: Risk | None = None
 
 
+class CheckpointChoice(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The same of one choice among several; ``finish_reason`` is set if it has ended."""
+
+    text: str = ""
+    tokens: TokenCount = 0
+    token_ids: list[int] = []
+    logprobs: bytes = b""
+    finish_reason: str | None = None
+
+
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """What has been generated of one answer: enough for another vehicle to continue it. Opaque to the core.
 
     ``text`` is what was emitted, ``token_ids`` the ids of the same tokens where the engine reports them, ``logprobs``
     the JSON array of OpenAI's logprob entries so far if the request asked for them, ``prompt_tokens`` 0 if not known.
+    An answer with several choices has them in ``choices``, by their index, and here only the sum of their tokens.
+    ``hold``: the engine only reads this and the prompt, and waits then.
     """
 
     text: str
@@ -250,6 +265,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int] = []
     logprobs: bytes = b""
     prompt_tokens: TokenCount = 0
+    choices: Annotated[list[CheckpointChoice], Meta(max_length=MAX_ITEMS_PER_MESSAGE)] = []
+    hold: bool = False
 
 
 class CheckpointHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -341,7 +358,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):
-    """New tokens of a live streamed request. ``seq`` starts at 0 for each attempt; the last one has ``usage``."""
+    """New tokens of a live streamed request. ``seq`` starts at 0 for each attempt; the last one has ``usage``.
+
+    One without deltas for an Open that asked to ``prepare`` says that everything has been read.
+    """
 
     request_id: Name
     attempt: Total

@@ -6,6 +6,7 @@ from motorpool.catalogue.fetch import Progress, pull
 from motorpool.catalogue.models import (
     NULL_MODEL,
     USER_FILE,
+    BertPackageSource,
     Catalogue,
     FileSource,
     HttpsSource,
@@ -22,6 +23,7 @@ from motorpool.catalogue.models import (
 __all__ = [
     "NULL_MODEL",
     "USER_FILE",
+    "BertPackageSource",
     "Catalogue",
     "FileSource",
     "HttpsSource",

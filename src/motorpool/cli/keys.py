@@ -1,4 +1,6 @@
-"""``motorpool keys``: makes, lists and revokes the API keys of customers, in the books of a stopped or running cell.
+"""``motorpool keys``: makes, lists, limits and revokes the API keys of customers, in the books of a cell.
+
+The cell may be stopped or running.
 
 Decides: nothing. Must not: show a key twice; the books hold only its hash.
 Called by: ``cli.main``, ``cli.dev``.
@@ -23,6 +25,7 @@ from motorpool.server.main import database_path
 from motorpool.server.openai.keys import create_key
 from motorpool.store.customer import KeyRow, list_keys, revoke_key
 from motorpool.store.database import Database, translate
+from motorpool.store.keylimits import KeyLimit, limits, set_limit
 
 DEFAULT_ACCOUNT = "default"
 
@@ -54,13 +57,21 @@ def books(data: Path, *, create: bool = False) -> Iterator[sqlite3.Connection]:
 
 
 def make_key(data: Path, account: str, name: str) -> str:
-    """Make an API key in the books of a data folder; it cannot be had again."""
-    return _make(data, account, name)[0]
+    """Make an API key without limits in the books of a data folder; it cannot be had again."""
+    return _make(data, account, name, None, None)[0]
 
 
-def _make(data: Path, account: str, name: str) -> tuple[str, KeyRow]:
+def _make(
+    data: Path, account: str, name: str, requests_a_minute: int | None, tokens_a_minute: int | None
+) -> tuple[str, KeyRow]:
     with books(data, create=True) as connection:
-        return create_key(connection, account, name, _now_ms())
+        key, row = create_key(connection, account, name, _now_ms())
+        set_limit(connection, _limit(row.key_id, requests_a_minute, tokens_a_minute))
+        return key, row
+
+
+def _limit(key_id: str, requests_a_minute: int | None, tokens_a_minute: int | None) -> KeyLimit:
+    return KeyLimit(key_id=key_id, requests_a_minute=requests_a_minute or None, tokens_a_minute=tokens_a_minute or None)
 
 
 def _now_ms() -> int:
@@ -74,14 +85,26 @@ data_option = click.option(
     show_default="that of dev",
 )
 
+requests_option = click.option(
+    "--requests-a-minute",
+    type=click.IntRange(0, 10**9),
+    help="Requests to models that it may make in a minute; 0: as many as it likes.",
+)
+tokens_option = click.option(
+    "--tokens-a-minute",
+    type=click.IntRange(0, 10**12),
+    help="Tokens, read and written, that it may use in a minute; 0: as many as it likes.",
+)
+
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the API keys of customers.
+    """Make, list, limit and revoke the API keys of customers.
 
     \b
     Examples:
       motorpool keys create --data /var/lib/motorpool --account acme
+      motorpool keys limit key_0123456789abcdef --requests-a-minute 60 --tokens-a-minute 100000
       motorpool keys revoke key_0123456789abcdef --data /var/lib/motorpool
     """
 
@@ -90,8 +113,18 @@ def keys() -> None:
 @data_option
 @click.option("--account", default=DEFAULT_ACCOUNT, show_default=True, help="Whose files, batches and bills it opens.")
 @click.option("--name", default="", help="What the key is for, for people.")
+@requests_option
+@tokens_option
 @click.option("--json", "as_json", is_flag=True, help="Print the key as one line of JSON.")
-def create_command(*, data: Path | None, account: str, name: str, as_json: bool) -> None:
+def create_command(
+    *,
+    data: Path | None,
+    account: str,
+    name: str,
+    requests_a_minute: int | None,
+    tokens_a_minute: int | None,
+    as_json: bool,
+) -> None:
     """Make an API key and show it, this once.
 
     \b
@@ -106,7 +139,7 @@ def create_command(*, data: Path | None, account: str, name: str, as_json: bool)
             f"{folder} holds no books of a cell: give the folder of `motorpool serve` or `motorpool dev` with --data",
             code="no_books",
         )
-    key, row = _make(folder, account, name)
+    key, row = _make(folder, account, name, requests_a_minute, tokens_a_minute)
     if as_json:
         print_json({"key": key, "key_id": row.key_id, "account": row.account, "name": row.name})
         return
@@ -126,16 +159,43 @@ def list_command(*, data: Path | None, as_json: bool) -> None:
     """
     with books(data or default_data()) as connection:
         rows = list_keys(connection)
+        limited = limits(connection)
     if as_json:
-        print_json([_public(row) for row in rows])
+        print_json([_public(row) | _public_limit(limited.get(row.key_id)) for row in rows])
         return
     table = Table(box=None, pad_edge=False)
-    for title in ("key", "account", "name", "ends in", "state"):
+    for title in ("key", "account", "name", "ends in", "a minute", "state"):
         table.add_column(title)
     for row in rows:
         state = "in use" if row.revoked_ms is None else "revoked"
-        table.add_row(row.key_id, row.account, row.name, f"...{row.hint}", state)
+        table.add_row(row.key_id, row.account, row.name, f"...{row.hint}", _in_words(limited.get(row.key_id)), state)
     Console(highlight=False).print(table if rows else "there are no keys yet: make one with `motorpool keys create`")
+
+
+@keys.command("limit")
+@click.argument("key_id")
+@data_option
+@requests_option
+@tokens_option
+def limit_command(
+    *, key_id: str, data: Path | None, requests_a_minute: int | None, tokens_a_minute: int | None
+) -> None:
+    """Set what a key may ask of models in a minute; a limit that is left out stays. It counts within seconds.
+
+    \b
+    Examples:
+      motorpool keys limit key_0123456789abcdef --requests-a-minute 60 --tokens-a-minute 100000
+      motorpool keys limit key_0123456789abcdef --requests-a-minute 0 --tokens-a-minute 0
+    """
+    with books(data or default_data()) as connection:
+        before = limits(connection).get(key_id) or KeyLimit(key_id=key_id)
+        wanted = _limit(
+            key_id,
+            before.requests_a_minute if requests_a_minute is None else requests_a_minute,
+            before.tokens_a_minute if tokens_a_minute is None else tokens_a_minute,
+        )
+        set_limit(connection, wanted)
+    say(f"{key_id}, a minute: {_in_words(wanted)}")
 
 
 @keys.command("revoke")
@@ -162,3 +222,15 @@ def _public(row: KeyRow) -> dict[str, str | int | None]:
         "created_ms": row.created_ms,
         "revoked_ms": row.revoked_ms,
     }
+
+
+def _public_limit(limit: KeyLimit | None) -> dict[str, str | int | None]:
+    limit = limit or KeyLimit(key_id="")
+    return {"requests_a_minute": limit.requests_a_minute, "tokens_a_minute": limit.tokens_a_minute}
+
+
+def _in_words(limit: KeyLimit | None) -> str:
+    if limit is None or limit.is_none:
+        return "no limit"
+    parts = ((limit.requests_a_minute, "requests"), (limit.tokens_a_minute, "tokens"))
+    return ", ".join(f"{number} {what}" for number, what in parts if number is not None)

@@ -88,7 +88,7 @@ VEHICLE: Final = np.dtype(
         ("failures", np.uint8),  # since its last result
         ("trust", np.uint8),
         ("memory_gb", np.uint8),
-        ("spare", np.uint8),
+        ("narrowed", np.uint8),  # how often it has refused a grant as too much: each time the next one is halved
     ],
     align=True,
 )

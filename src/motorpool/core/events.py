@@ -27,6 +27,8 @@ class JobStarted(Event, frozen=True, kw_only=True):
     """A batch passed its checks.
 
     Line ``i`` has a body of about ``lengths[i]`` bytes, and an answer of at most ``limits[i]`` tokens over its choices.
+    ``regions``: where alone it may run, empty for anywhere. ``min_trust``: the least tier of a vehicle that may run it.
+    ``best_effort``: nothing is promised; it gets what others leave.
     """
 
     job_no: int
@@ -38,6 +40,9 @@ class JobStarted(Event, frozen=True, kw_only=True):
     expires_ms: int
     lengths: npt.NDArray[np.uint32]
     limits: npt.NDArray[np.uint32]
+    regions: tuple[str, ...] = ()
+    min_trust: int = 0
+    best_effort: bool = False
 
 
 class CancelAsked(Event, frozen=True, kw_only=True):
@@ -69,6 +74,33 @@ class OwnerSpoke(Event, frozen=True, kw_only=True):
     withdrawn: bool
     paused_until_ms: int
     what: str
+
+
+class VehicleConfigured(Event, frozen=True, kw_only=True):
+    """What the operator has set for a vehicle: its site ("" for none), its tier of trust, whether it is a reserve.
+
+    A reserve works only on what would be late without it.
+    """
+
+    vehicle_id: str
+    site: str
+    trust: int
+    reserve: bool
+
+
+class SiteConfigured(Event, frozen=True, kw_only=True):
+    """What a site bears: power of the vehicles at work together, and how many may be at work; 0: no limit."""
+
+    site: str
+    limit_w: int
+    limit_vehicles: int
+
+
+class CustomerConfigured(Event, frozen=True, kw_only=True):
+    """The share of a customer, relative to those of the others, where work of both waits."""
+
+    account: str
+    weight: float
 
 
 class ResultsArrived(Event, frozen=True, kw_only=True):
@@ -321,6 +353,9 @@ SchedulerEvent = (
     | VehicleReported
     | VehicleRevoked
     | OwnerSpoke
+    | VehicleConfigured
+    | SiteConfigured
+    | CustomerConfigured
     | ResultsArrived
     | WorkReturned
     | ProgressMade

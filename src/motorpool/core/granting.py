@@ -14,7 +14,7 @@ from motorpool.core.cell import Cell
 from motorpool.core.columns import EXCUSED, IN_ORDER, NONE, READY, SHADOW, WORKING, Ints
 from motorpool.core.fleet import Leases, Vehicles, incarnation
 from motorpool.core.jobs import DONE, LEASED, NOBODY, Job
-from motorpool.core.kernels import MAX_DEPTH_MS, NOTHING_WAITS, OK
+from motorpool.core.kernels import MAX_DEPTH_MS, NOTHING_WAITS, OK, QUEUE_FULL
 from motorpool.core.pricing import owner_pay
 from motorpool.wire import MAX_OFFLINE_MS
 
@@ -162,6 +162,9 @@ class Granting:
             return []  # another one has them too
         vehicle_id = self.cell.ids.name(int(self.cell.t.leases["vehicle"][row]))
         job.put_back(lines)
+        used, customer = self.cell.t.tenants["used"], int(self.cell.t.jobs["tenant"][job.row])
+        work = len(lines) * float(self.cell.t.jobs["work_per_line"][job.row])
+        used[customer] = max(float(used[customer]) - work, 0.0)  # it has not had them after all
         self._note_waiting(job)
         return self._remember(job, vehicle_id, lines)
 
@@ -295,18 +298,31 @@ class Granting:
         cell = self.cell
         if not self.jobs or cell.k.why_not(cell.t, v, now_ms) != OK:
             return []
-        if self._unplanned or now_ms - self._planned_ms >= PLAN_EVERY_MS:
+        if now_ms - self._planned_ms >= PLAN_EVERY_MS:
             self._plan(now_ms)
         commands: Commands = []
-        while (j := int(cell.k.pull(cell.t, v, now_ms, cell.out))) != NONE:
+        narrowed = int(cell.t.vehicles["narrowed"][v])
+        if narrowed and cell.t.vehicles["outstanding"][v]:
+            return commands  # it takes less than it should: one small grant after the other
+        while (not narrowed or not commands) and (j := self._pull(v, now_ms)) != NONE:
             job = self._by_row[j]
-            lines = job.take(min(int(cell.out[0]), MAX_GRANT_LINES), MAX_GRANT_BYTES)
+            most = min(int(cell.out[0]), MAX_GRANT_LINES) >> narrowed
+            lines = job.take(max(most, 1), MAX_GRANT_BYTES)
             if not lines:
                 break
             commands += self._lease_out(job, v, lines, now_ms)
         if not commands and cell.t.vehicles["outstanding"][v] == 0:
             commands = self._run_twice(v, now_ms)
         return commands
+
+    def _pull(self, v: int, now_ms: int) -> int:
+        """The job that a vehicle gets lines of next, or NONE; the plan is made anew if it lacks one that waits."""
+        cell = self.cell
+        j = int(cell.k.pull(cell.t, v, now_ms, cell.out))
+        if j == NONE and self._unplanned and int(cell.out[1]) != QUEUE_FULL:
+            self._plan(now_ms)
+            j = int(cell.k.pull(cell.t, v, now_ms, cell.out))
+        return j
 
     def _expires_ms(self, job: Job, v: int, lines: list[int], now_ms: int) -> int:
         t = self.cell.t

@@ -11,6 +11,7 @@ Called by: ``core.kernels``, ``core.scheduler``, the simulator.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Final, TypeVar
@@ -39,11 +40,16 @@ def compiled(module: ModuleType) -> SimpleNamespace:
     import numba  # noqa: PLC0415 - heavy, and only a large cell or a simulation needs it
 
     names = dict(vars(module))
+    mark = _mark(module)
     for name, value in vars(module).items():
         if isinstance(value, FunctionType) and value in _KERNELS:
             own = value.__module__ == module.__name__
             fast = None if own else getattr(compiled(_module_of(value)), value.__name__)
-            names[name] = fast or numba.njit(FunctionType(value.__code__, names, name, value.__defaults__), cache=True)
+            if fast is None:
+                plain = FunctionType(value.__code__, names, name, value.__defaults__)
+                plain.__qualname__ = f"{name}-{mark}"
+                fast = numba.njit(plain, cache=True)
+            names[name] = fast
     _COMPILED[module.__name__] = SimpleNamespace(**names)
     return _COMPILED[module.__name__]
 
@@ -52,3 +58,24 @@ def _module_of(function: Callable[..., Any]) -> ModuleType:
     import sys  # noqa: PLC0415 - a module by its name
 
     return sys.modules[function.__module__]
+
+
+def _mark(module: ModuleType) -> str:
+    """Of all kernels that those of a module can call: numba's cache looks at the file of each one alone.
+
+    Without it a changed kernel would go on running as it was wherever one of another file calls it.
+    """
+    found = hashlib.sha256()
+    todo, seen = [module], set[str]()
+    while todo:
+        at = todo.pop()
+        if at.__name__ in seen:
+            continue
+        seen.add(at.__name__)
+        for name, value in sorted(vars(at).items()):
+            if isinstance(value, FunctionType) and value in _KERNELS:
+                found.update(repr((name, value.__code__.co_code, value.__code__.co_consts)).encode())
+                todo.append(_module_of(value))
+            elif isinstance(value, (int, float)):
+                found.update(repr((name, value)).encode())
+    return found.hexdigest()[:12]

@@ -581,8 +581,8 @@ def close_lease(t: Tables, row: int) -> None:
 def recall(t: Tables, now_ms: int, out: Ints) -> int:
     """Leases from which the lines that are not begun should come back, into ``out``; how many they are.
 
-    Of jobs that have no time to spare, those whose vehicle would not be through a quarter of its queue before the end:
-    it is slower than was thought, or the job has become urgent since. Each lease is recalled once.
+    Those whose vehicle would not be through its queue, and a quarter more, before the job ends: it is slower than was
+    thought. Each lease is recalled once.
     """
     leases, jobs = t.leases, t.jobs
     found = 0
@@ -592,7 +592,7 @@ def recall(t: Tables, now_ms: int, out: Ints) -> int:
         if int(leases["number"][row]) == NONE or int(leases["flags"][row]) & (RECALLED | SHADOW) != 0:
             continue
         j, v = int(leases["job"][row]), int(leases["vehicle"][row])
-        if int(jobs["flags"][j]) & (RELAXED | BEST_EFFORT | WHOLE | CANCELLING) != 0 or not present(t, v):
+        if int(jobs["flags"][j]) & (BEST_EFFORT | WHOLE | CANCELLING) != 0 or not present(t, v):
             continue
         if int(leases["left"][row]) <= max(1, int(t.vehicles["slots"][v])):
             continue

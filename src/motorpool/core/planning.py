@@ -177,16 +177,19 @@ def _spread(t: Tables, j: int, work: float, scale: float, before: Floats, can: F
     model, trust = int(t.jobs["model"][j]), int(t.jobs["min_trust"][j])
     mask = int(t.jobs["regions"][j])
     total, count = 0.0, 0
+    unnamed = 1 if len(before) > 1 else 0  # the first region stands for vehicles that have not said where they are
     for region in range(len(before)):
         can[region] = 0.0
         if mask == ANY_REGION or (mask >> region) & 1 != 0:
-            count += 1
+            count += 1 if region >= unnamed else 0
             for tier in range(min(trust, TIERS - 1), TIERS):
                 can[region] += int(t.speeds[model, region, tier]) * scale / 1000.0
             total += can[region]
     for region in range(len(before)):
         if mask == ANY_REGION or (mask >> region) & 1 != 0:
-            part = work * can[region] / total if total > 0.0 else work / count
+            part = work * can[region] / total if total > 0.0 else work / max(count, 1)
+            if total == 0.0 and region < unnamed:
+                part = 0.0
             for tier in range(min(trust, TIERS - 1) + 1):
                 before[region, tier] += part
             if total == 0.0:

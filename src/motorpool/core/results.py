@@ -21,6 +21,7 @@ from motorpool.types import ReturnReason
 MAX_STRIKES: Final = 3
 MAX_STRIKES_IN_ALL: Final = 9
 TOO_MUCH_TO_DO: Final = 503
+MAX_NARROWED: Final = 10
 _NO_BACKOFF: Final = frozenset((ReturnReason.REVOKED, ReturnReason.EXPIRED))
 
 
@@ -108,6 +109,9 @@ class Results(Granting):
             self._failed(v, now_ms)
         elif event.reason not in _NO_BACKOFF:
             self._wait(v, now_ms)  # its next report may be on its way still
+        if event.reason is ReturnReason.REFUSED and not any(event.started):
+            narrowed = self.cell.t.vehicles["narrowed"]
+            narrowed[v] = min(int(narrowed[v]) + 1, MAX_NARROWED)
         if number is None:
             return []
         job = self.jobs[number]

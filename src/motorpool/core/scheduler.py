@@ -225,6 +225,7 @@ class Scheduler(Terms):
             for row in self.cell.leases_of(v):
                 commands += self._take_back(row, "the vehicle's agent started anew")
             set_incarnation(self.cell, v, state.incarnation)
+            vehicles["narrowed"][v] = 0
         elif heard_of and state.seq <= int(vehicles["seq"][v]) and not was_offline:
             return []
         before = "offline" if was_offline or not heard_of else self._in_words(v)
@@ -314,6 +315,7 @@ class Scheduler(Terms):
         vehicles["paused_until_ms"][v] = event.paused_until_ms
         if event.withdrawn != bool(vehicles["flags"][v] & WITHDRAWN):
             self._set_withdrawn(v, withdrawn=event.withdrawn, seen=False)
+            self._await_permit(v)
         commands: Commands = []
         if event.withdrawn:
             vehicles["reasons"][v] &= np.uint64(BIT_OF_REASON[ReasonCode.CONSENT_WITHDRAWN])

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from motorpool.core import events as ev
-from motorpool.core.columns import BEST_EFFORT, DRAWING, NONE, RELAXED, RESERVE, SHADOW, TIERS
+from motorpool.core.columns import BEST_EFFORT, DENIED, DRAWING, NONE, RELAXED, RESERVE, SHADOW, TIERS
 from motorpool.core.granting import Commands
 from motorpool.core.jobs import Job
 from motorpool.core.results import Results
@@ -132,6 +132,12 @@ class Terms(Results):
         if int(vehicles["flags"][v]) & DRAWING:
             self.cell.t.sites["used_w"][int(vehicles["site"][v])] -= int(vehicles["permit_w"][v])
         vehicles["permit_w"][v] = 0
+
+    def _await_permit(self, v: int) -> None:
+        """Of a car without consent no permit is known: at a site it gets nothing before it has told a new one."""
+        vehicles = self.cell.t.vehicles
+        if int(vehicles["site"][v]) and int(vehicles["state"][v]):
+            vehicles["state"][v] = DENIED
 
     def _site_configured(self, event: ev.SiteConfigured, now_ms: int) -> Commands:
         site = self.set_site(event.site, event.limit_w, event.limit_vehicles)

@@ -4,7 +4,9 @@ Decides: what is told to whoever waits, in messages of a bounded size, and when 
 decide whether the vehicle may work; that is ``core.vehicle``, which alone calls this room and hands its commands on.
 
 A request that cannot go on here ends in Broken, with what was generated, so that another vehicle goes on. While the
-link is down tokens are lost, so that a stream is of no use: it is stopped, and told as broken afterwards.
+link is down tokens are lost, so that a stream is of no use: it is stopped, and told as broken afterwards. A request
+that may soon come here is prepared: its attempt only reads the prompt and holds its place in the engine, until a later
+attempt of the same request takes that place over.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from motorpool.core.vehicle_events import (
 )
 from motorpool.core.vehicle_leases import LiveRun, join
 from motorpool.core.vehicle_outbox import Meter
-from motorpool.errors import TooLargeError
+from motorpool.errors import CallerError, TooLargeError
 from motorpool.types import MAX_BODY_BYTES, Kind, ReturnReason, Usage
-from motorpool.wire import Answered, Broken, Delta, Open, Tokens
+from motorpool.wire import Answered, Broken, Checkpoint, Delta, Open, Tokens, decode_checkpoint, encode_checkpoint
 
 TOO_LARGE: Final = msgspec.json.encode(TooLargeError(f"an answer is at most {MAX_BODY_BYTES} bytes").envelope())
 _TOKEN_BYTES: Final = 9  # of one id in a message, at most
@@ -45,6 +47,7 @@ class LiveRequests:
         self._runs: dict[str, LiveRun] = {}
         self._keys: dict[str, str] = {}  # by request
         self._opened: dict[str, int] = {}  # the latest attempt of each request, so that a late one changes nothing
+        self._holding: set[str] = set()  # keys of attempts that only hold a place
         self._count = 0
         self._link_up = True
         self._cut_off: list[Broken] = []  # ended while the link was down
@@ -66,8 +69,15 @@ class LiveRequests:
             return
         self._opened[message.request_id] = message.attempt
         forget_oldest(self._opened, self._config.max_closed)
-        self.close(message.request_id)
-        if not accepted or len(self._runs) >= self._config.max_live:
+        before = self._keys.get(message.request_id)
+        held = before in self._holding
+        if before is not None:
+            self._forget(self._runs[before])
+            if not held:
+                self._out.append(CancelAttempts(keys=[before]))
+        if accepted and len(self._runs) < self._config.max_live:
+            self._begin(message, created_s)
+        else:
             broken = Broken(
                 request_id=message.request_id,
                 attempt=message.attempt,
@@ -75,7 +85,10 @@ class LiveRequests:
                 checkpoint=message.checkpoint,
             )
             self._out.append(PublishLive(message=broken))
-            return
+        if before is not None and held:  # after its successor, so that the engine gives that one the place
+            self._out.append(CancelAttempts(keys=[before]))
+
+    def _begin(self, message: Open, created_s: int) -> None:
         self._count += 1
         run = LiveRun(
             key=f"live-{self._count}",
@@ -87,13 +100,15 @@ class LiveRequests:
         )
         self._runs[run.key] = run
         self._keys[run.request_id] = run.key
+        if message.prepare:
+            self._holding.add(run.key)
         attempt = Attempt(
             key=run.key,
             kind=message.kind,
             body=message.body,
             response_id=response_id(message.kind, message.request_id),
             stream=message.stream,
-            checkpoint=message.checkpoint,
+            checkpoint=_to_hold(message.checkpoint) if message.prepare else message.checkpoint,
         )
         self._out.append(SubmitAttempts(attempts=[attempt], created_s=created_s))
 
@@ -106,6 +121,9 @@ class LiveRequests:
 
     def progressed(self, run: LiveRun, deltas: list[Delta]) -> None:
         """Pass new tokens of a stream on, in as many messages as their size asks for."""
+        if run.key in self._holding:
+            self._read(run, goes_on=bool(deltas))
+            return
         if not run.stream:
             return
         part: list[Delta] = []
@@ -128,6 +146,13 @@ class LiveRequests:
         run = self._runs.get(done.key)
         if run is None:
             return 0
+        if run.key in self._holding:
+            if done.status < 400:
+                self._read(run, goes_on=False)
+            self._forget(run)
+            if done.status >= 400:
+                self._refuse(run)
+            return 0
         self._forget(run)
         energy_uwh, is_measured = self._meter.attribute_uwh()
         usage = msgspec.structs.replace(done.usage, energy_uwh=energy_uwh, energy_is_measured=is_measured)
@@ -138,6 +163,18 @@ class LiveRequests:
         else:
             self._answer(run, done.status, done.body, usage)
         return max(0, usage.completion_tokens - usage.carried_tokens - (run.growth.tokens if run.growth else 0))
+
+    def _read(self, run: LiveRun, *, goes_on: bool) -> None:
+        """What was to be read is read. An engine that ``goes_on`` cannot hold: what it has read is in its cache."""
+        if run.seq == 0:
+            self._tell(run, [])
+        if goes_on:
+            self._forget(run)
+            self._out.append(CancelAttempts(keys=[run.key]))
+
+    def _refuse(self, run: LiveRun) -> None:
+        message = Broken(request_id=run.request_id, attempt=run.attempt, reason=ReturnReason.REFUSED)
+        self._out.append(PublishLive(message=message))
 
     def break_off(self, key: str, reason: ReturnReason) -> None:
         """This request cannot go on here; an unknown one is ignored."""
@@ -170,6 +207,7 @@ class LiveRequests:
     def validate(self) -> None:
         """Both tables say the same; AssertionError otherwise."""
         assert {run.request_id: key for key, run in self._runs.items()} == self._keys
+        assert self._holding <= self._runs.keys()
         assert len(self._opened) <= self._config.max_closed
 
     def _tell(self, run: LiveRun, deltas: list[Delta], usage: Usage | None = None) -> None:
@@ -197,6 +235,18 @@ class LiveRequests:
     def _forget(self, run: LiveRun) -> None:
         del self._runs[run.key]
         self._keys.pop(run.request_id, None)
+        self._holding.discard(run.key)
+
+
+def _to_hold(checkpoint: bytes | None) -> bytes:
+    """The same checkpoint for an engine that is only to read it."""
+    found = Checkpoint(text="", tokens=0)
+    if checkpoint is not None:
+        try:
+            found = decode_checkpoint(checkpoint)
+        except CallerError:  # the engine could not make sense of it either, and would begin at the start
+            found = Checkpoint(text="", tokens=0)
+    return encode_checkpoint(msgspec.structs.replace(found, hold=True))
 
 
 def size_of(delta: Delta) -> int:

@@ -35,9 +35,10 @@ from motorpool.server.entries import Entry, InputFile, log_foreign, progress_ent
 from motorpool.server.live import LiveDesk
 from motorpool.server.news import OwnerNews
 from motorpool.server.openai.lines import parse_line
+from motorpool.server.quotes import Quotes
 from motorpool.server.reports import Reports
 from motorpool.server.writing import write
-from motorpool.store import books, owners
+from motorpool.store import books, fleet_settings, owners
 from motorpool.store.blobs import BlobStore
 from motorpool.store.database import Database, translate
 from motorpool.types import Kind
@@ -81,6 +82,7 @@ class CellLoop:
         self.desk = LiveDesk(self)
         self.news = OwnerNews(self, currency)
         self.reports = Reports()
+        self.quotes = Quotes(self)
         self.enrolled: set[str] = set()
         self._link: CellLink | None = None
         self._inbox: deque[Entry] = deque()
@@ -109,12 +111,14 @@ class CellLoop:
         return await done
 
     async def start_batch(self, batch: ValidBatch) -> None:
-        """``validating`` to ``in_progress``; see ``Cell.start_batch``."""
+        """``validating`` to ``in_progress``; see ``Cell.start_batch``. Raises CallerError if there is no time."""
         row = self.reader.execute("SELECT * FROM batch WHERE batch_no = ?", (batch.batch_no,)).fetchone()
         self.blobs.open(self._input_blob(row)).close()  # fails now rather than later
 
         index = books.LineIndex(offsets=batch.offsets, lengths=batch.lengths, limits=batch.limits)
         price = self.price_of(batch.model)
+        asked = books.terms_of(self.reader, batch.batch_no)
+        terms = await self.quotes.admit(batch, asked, row["expires_ms"])
 
         def keep_index(db: sqlite3.Connection) -> None:
             status = db.execute("SELECT status FROM batch WHERE batch_no = ?", (batch.batch_no,)).fetchone()[0]
@@ -122,8 +126,18 @@ class CellLoop:
                 raise StartedError("the batch has left validating already")
             books.write_index(db, batch.batch_no, index)
             books.write_model(db, batch.batch_no, batch.model, price)
+            books.save_terms(db, batch.batch_no, terms)
 
-        started = _started(row, batch.model, price, index)
+        started = _started(row, batch.model, price, index, terms)
+        try:
+            await self._hand_over(row["batch_id"], started, keep_index)
+        finally:
+            self.quotes.begun(batch.batch_no)
+
+    async def _hand_over(
+        self, batch_id: str, started: ev.JobStarted, keep_index: Callable[[sqlite3.Connection], None]
+    ) -> None:
+        """Commit the start of a batch, for as long as it takes."""
         while True:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._post(Entry(change=keep_index, event=started, done=done))
@@ -134,7 +148,7 @@ class CellLoop:
             except (StorageFullError, StoreError) as error:
                 if error.code == UNWRITABLE:
                     raise
-                log.warning("%s waits in validating: %s", row["batch_id"], error.message)
+                log.warning("%s waits in validating: %s", batch_id, error.message)
                 await asyncio.sleep(REBUILD_WAIT_S)
 
     async def cancel_batch(self, batch_no: int) -> None:
@@ -179,12 +193,19 @@ class CellLoop:
         self._post(Entry(event=spoke, done=done))
         await done
 
+    async def configure(self, event: ev.VehicleConfigured | ev.SiteConfigured | ev.CustomerConfigured) -> None:
+        """Do as the operator has set it; it stands in the books already."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._post(Entry(event=event, done=done))
+        await done
+
     # -- start and stop ------------------------------------------------------------------------------------------------
 
     async def start(self, link: CellLink) -> None:
         """Rebuild the state from the books and begin to work with the vehicles of ``link``."""
         self._link = link
         self._restore()
+        self.quotes.restore()
         await link.listen(self._on_state, self._on_live)
         link.pull_work(self._on_work)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
@@ -223,6 +244,7 @@ class CellLoop:
                     await self.write(lambda _: None)  # everything before it is committed when this is
             except (TimeoutError, MotorpoolError) as error:
                 log.warning("stopping with work undone: %s", type(error).__name__)
+        await self.quotes.close()
         for task in [*self._tasks, *self._assembling.values()]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._assembling.values(), return_exceptions=True)
@@ -266,6 +288,10 @@ class CellLoop:
         db = self._database.writer
         self.scheduler = Scheduler(books.next_epoch(db))
         self.enrolled = set()
+        for site in fleet_settings.list_sites(db):
+            self.scheduler.set_site(site.name, site.limit_w, site.limit_vehicles)
+        for customer in fleet_settings.shares(db):
+            self.scheduler.set_weight(customer.account, customer.weight)
         for row in books.list_vehicles(db):
             self._restore_vehicle(row)
         for file in self._files.values():
@@ -297,20 +323,25 @@ class CellLoop:
     def _restore_vehicle(self, row: sqlite3.Row) -> None:
         self.enrolled.add(row["vehicle_id"])
         withdrawn = row["withdrawn_ms"] is not None
-        if withdrawn or row["region"] or row["paused_until_ms"]:
+        is_set = row["site"] or row["trust"] or row["reserve"]
+        if withdrawn or row["region"] or row["paused_until_ms"] or is_set:
             self.scheduler.restore_vehicle(
                 row["vehicle_id"],
                 region=row["region"],
                 withdrawn=withdrawn,
                 withdrawal_seen=bool(row["withdrawal_seen"]),
                 paused_until_ms=row["paused_until_ms"],
+                site=row["site"],
+                trust=row["trust"],
+                reserve=bool(row["reserve"]),
             )
 
     def _restore_job(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
         number = row["batch_no"]
         carried, checkpoint_bytes = books.carried(db, number)
+        terms = books.terms_of(db, number)
         self.scheduler.restore_job(
-            _started(row, row["model"], books.price_of(row), books.read_index(db, number)),
+            _started(row, row["model"], books.price_of(row), books.read_index(db, number), terms),
             done=books.done_lines(db, number),
             carried=carried,
             checkpoint_bytes=checkpoint_bytes,
@@ -388,6 +419,7 @@ class CellLoop:
             self.post(ev.Ticked(cause_id="tick"))
             self.desk.on_tick()
             self.news.on_tick()
+            self.quotes.on_tick()
 
     async def _run(self) -> None:
         while True:
@@ -619,7 +651,9 @@ class CellLoop:
             file.stream.close()
 
 
-def _started(row: sqlite3.Row, model: str, price: Price, index: books.LineIndex) -> ev.JobStarted:
+def _started(
+    row: sqlite3.Row, model: str, price: Price, index: books.LineIndex, terms: books.BatchTerms
+) -> ev.JobStarted:
     return ev.JobStarted(
         cause_id=row["batch_id"],
         job_no=row["batch_no"],
@@ -631,6 +665,9 @@ def _started(row: sqlite3.Row, model: str, price: Price, index: books.LineIndex)
         expires_ms=row["expires_ms"],
         lengths=index.lengths,
         limits=index.limits,
+        regions=terms.regions,
+        min_trust=terms.min_trust,
+        best_effort=terms.best_effort,
     )
 
 

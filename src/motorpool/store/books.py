@@ -343,6 +343,54 @@ def write_model(db: sqlite3.Connection, batch_no: int, model: str, price: Price)
     )
 
 
+class BatchTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a customer asked of a batch, and what the cell has answered.
+
+    ``regions``: where alone it may run, empty for anywhere. ``promised_ms``: by when it will be done, None without a
+    promise; ``quote_known`` False: there was no history to promise by.
+    """
+
+    regions: tuple[str, ...] = ()
+    min_trust: int = 0
+    best_effort: bool = False
+    promised_ms: int | None = None
+    quote_known: bool | None = None
+
+
+NO_TERMS: Final = BatchTerms()
+_regions: Final = msgspec.json.Decoder(tuple[str, ...])
+
+
+def save_terms(db: sqlite3.Connection, batch_no: int, terms: BatchTerms) -> None:
+    """Keep what was asked and answered; a batch that asks for nothing needs no row."""
+    if terms != NO_TERMS:
+        db.execute(
+            "INSERT OR REPLACE INTO batch_terms VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                batch_no,
+                msgspec.json.encode(terms.regions).decode(),
+                terms.min_trust,
+                int(terms.best_effort),
+                terms.promised_ms,
+                None if terms.quote_known is None else int(terms.quote_known),
+            ),
+        )
+
+
+def terms_of(db: sqlite3.Connection, batch_no: int) -> BatchTerms:
+    """The terms of a batch."""
+    row = db.execute("SELECT * FROM batch_terms WHERE batch_no = ?", (batch_no,)).fetchone()
+    if row is None:
+        return NO_TERMS
+    return BatchTerms(
+        regions=_regions.decode(row["regions"]),
+        min_trust=row["min_trust"],
+        best_effort=bool(row["best_effort"]),
+        promised_ms=row["promised_ms"],
+        quote_known=None if row["quote_known"] is None else bool(row["quote_known"]),
+    )
+
+
 def price_of(batch: sqlite3.Row) -> Price:
     """What a batch in progress costs."""
     return Price(

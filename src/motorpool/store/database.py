@@ -17,8 +17,9 @@ from typing import Final
 
 from motorpool.errors import StorageFullError, StoreError
 
-SCHEMA_VERSION: Final = 2
-SCHEMA_FILES: Final = ("schema.sql", "schema_2.sql")  # what leads to version 1, 2, ...
+SCHEMA_VERSION: Final = 5
+# What leads to version 1, 2, ...
+SCHEMA_FILES: Final = ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql")
 BUSY_TIMEOUT_MS: Final = 5000
 
 

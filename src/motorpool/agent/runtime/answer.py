@@ -10,7 +10,7 @@ older parallel arrays only when the body of a completion is written.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -21,6 +21,7 @@ from motorpool.wire import Checkpoint, decode_checkpoint
 
 _encoder = msgspec.json.Encoder()
 Entry = dict[str, Any]
+HOLD_S: Final = 60.0  # how long an attempt that was only read keeps its slot
 
 
 class Choice(msgspec.Struct, kw_only=True):
@@ -41,18 +42,54 @@ def fingerprint(*parts: object) -> str:
 
 
 def carried(work: Work) -> Checkpoint | None:
-    """What earlier vehicles generated of this answer; None if nothing, or if it cannot be made sense of.
+    """What earlier vehicles generated of an answer with one choice; None if nothing, or if it cannot be made sense of.
 
     A damaged checkpoint is no fault of the request, so the answer then begins anew instead of failing.
     """
+    return carried_choices(work, 1)[0]
+
+
+def carried_choices(work: Work, count: int) -> list[Checkpoint | None]:
+    """The same for each of ``count`` choices: what was given out of any of them is never given out again."""
+    found = _checkpoint(work)
+    if found is None:
+        return [None] * count
+    if count == 1 and not found.choices:
+        return [found if found.tokens > 0 else None]
+    if len(found.choices) != count:
+        return [None] * count
+    return [
+        Checkpoint(text=each.text, tokens=each.tokens, token_ids=each.token_ids, logprobs=each.logprobs)
+        if each.tokens > 0
+        else None
+        for each in found.choices
+    ]
+
+
+def carried_ends(work: Work, count: int) -> list[str | None]:
+    """Why each choice has ended on an earlier vehicle; None for those that have not."""
+    found = _checkpoint(work)
+    if found is None or len(found.choices) != count:
+        return [None] * count
+    return [each.finish_reason for each in found.choices]
+
+
+def holds(work: Work) -> bool:
+    """Whether the engine shall only read the prompt and what is carried, and wait."""
+    found = _checkpoint(work)
+    return found is not None and found.hold
+
+
+def _checkpoint(work: Work) -> Checkpoint | None:
     if work.checkpoint is None:
         return None
     try:
         found = decode_checkpoint(work.checkpoint)
-        unpack_entries(found.logprobs)
+        for logprobs in (found.logprobs, *(each.logprobs for each in found.choices)):
+            unpack_entries(logprobs)
     except (CallerError, msgspec.DecodeError, RecursionError):
         return None
-    return found if found.tokens > 0 else None
+    return found
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

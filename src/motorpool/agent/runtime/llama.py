@@ -15,14 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Final
 
+from motorpool.agent.runtime import answer, embedding
 from motorpool.agent.runtime.answer import fingerprint
 from motorpool.agent.runtime.backend import Emit
 from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Ready, Work
+from motorpool.agent.runtime.llama_embed import EmbedRun
 from motorpool.agent.runtime.llama_run import Model, Run
 from motorpool.agent.runtime.llama_socket import SocketFolder
 from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.catalogue.gguf import read_entries
 from motorpool.errors import EngineError, ModelFileError, SetupError
+from motorpool.types import Kind
 
+_POOLING: Final = ".pooling_type"  # the entry of a model's file that makes it one for embeddings
+_BEGINS: Final = "tokenizer.ggml.cls_token_id"
+_ENDS: Final = "tokenizer.ggml.seperator_token_id"  # the format spells it so
 _SPEAKS: Final = frozenset({"avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"})
 
 
@@ -37,7 +44,7 @@ class LlamaBackend:
         self._threads = ThreadPoolExecutor(max_workers=spec.slots, thread_name_prefix="slot")
         self._model: Model | None = None
         self._queue: deque[Work] = deque()
-        self._running: dict[str, Run] = {}
+        self._running: dict[str, Run | EmbedRun] = {}
 
     async def load(self) -> Ready:
         """Check the file's hash and load it."""
@@ -73,7 +80,12 @@ class LlamaBackend:
     def _fill(self) -> None:
         while self._model is not None and self._queue and len(self._running) < self._slots:
             work = self._queue.popleft()
-            run = Run(self._model, work, self._post)
+            embeds = work.kind is Kind.EMBEDDING
+            if embeds != self._model.embeds:
+                wrong = embedding.wrong_model(self._spec.model, embeds=self._model.embeds)
+                self._emit([answer.failed(work.key, wrong)])
+                continue
+            run = (EmbedRun if embeds else Run)(self._model, work, self._post)
             self._running[work.key] = run
             self._loop.run_in_executor(self._threads, run.run).add_done_callback(
                 lambda _done, key=work.key: self._over(key)  # type: ignore[misc]  # the default binds the key
@@ -125,9 +137,13 @@ def _serve(spec: EngineSpec, file: IO[bytes], digest: str) -> Model:
         import xllamacpp  # noqa: PLC0415  # a hundred megabytes that only this process needs
     except ImportError as error:
         raise SetupError("the llama engine is not installed; install it with: pip install motorpool[llama]") from error
+    embeds, edges = _embeds(file)
     folder = SocketFolder()
     try:
         params = _parameters(xllamacpp.CommonParams(), spec, folder.path)
+        if embeds:  # how the tokens become one vector is read from the file
+            params.embedding = True
+            params.n_ubatch = params.n_batch = max(spec.context_tokens, params.n_ubatch)  # an input is never cut in two
         params.model.path = f"/proc/self/fd/{file.fileno()}"
         server = xllamacpp.Server(params)
     except RuntimeError as error:
@@ -137,7 +153,18 @@ def _serve(spec: EngineSpec, file: IO[bytes], digest: str) -> Model:
             f"fetch it with: motorpool models pull {spec.model} --force"
         ) from error
     name = fingerprint("llama.cpp", xllamacpp.__version__, digest, platform.machine(), *_instructions())
-    return Model(spec=spec, server=server, socket=folder.hide(), fingerprint=name)
+    return Model(spec=spec, server=server, socket=folder.hide(), fingerprint=name, embeds=embeds, edges=edges)
+
+
+def _embeds(file: IO[bytes]) -> tuple[bool, tuple[list[int], list[int]]]:
+    """Whether the model in ``file`` makes embeddings, and the tokens that its inputs begin and end with."""
+    file.seek(0)
+    try:
+        about = read_entries(file, (_POOLING, _BEGINS, _ENDS))
+    except ModelFileError:  # llama.cpp will say so as well
+        return False, ([], [])
+    marks = [[int(about[name])] if name in about else [] for name in (_BEGINS, _ENDS)]
+    return any(name.endswith(_POOLING) for name in about), (marks[0], marks[1])
 
 
 def _within(spec: EngineSpec) -> str:

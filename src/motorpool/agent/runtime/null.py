@@ -14,6 +14,7 @@ from collections import deque
 from typing import Final
 
 from motorpool.agent.runtime import answer, null_answer
+from motorpool.agent.runtime.answer import HOLD_S
 from motorpool.agent.runtime.backend import Emit
 from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished, OnEvents, Progressed, Ready, Work
 from motorpool.agent.runtime.meter import BusyMeter
@@ -21,6 +22,7 @@ from motorpool.agent.runtime.null_answer import Plan, Quick
 from motorpool.agent.runtime.spec import EngineSpec
 from motorpool.core.energy import Limits
 from motorpool.errors import EngineError, MotorpoolError
+from motorpool.types import Kind
 from motorpool.wire import Delta
 
 MAX_STEP_S: Final = 0.25
@@ -53,7 +55,11 @@ class NullBackend:
         )
 
     def submit(self, work: list[Work]) -> None:
-        """Queue attempts."""
+        """Queue attempts; one that goes on from a held place comes first, as that place is its own."""
+        held = {run.plan.work.response_id for run in self._running.values() if run.plan.holds}
+        if held:
+            self._queue.extendleft([one for one in reversed(work) if one.response_id in held])
+            work = [one for one in work if one.response_id not in held]
         self._queue.extend(work)
         self._wake(0)
 
@@ -99,7 +105,7 @@ class NullBackend:
 
     def _wake(self, delay_s: float) -> None:
         """Look at the work in ``delay_s``; an earlier appointment stays, a later one is moved."""
-        if self._frozen or not (self._queue or self._running):
+        if self._frozen or not self._has_work:
             return
         loop = asyncio.get_running_loop()
         if self._timer is not None:
@@ -107,6 +113,12 @@ class NullBackend:
                 return
             self._timer.cancel()
         self._timer = loop.call_later(delay_s, self._pump) if delay_s > 0 else loop.call_soon(self._pump)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether time brings anything: an attempt that holds its place waits for others."""
+        waiting = len(self._running) < self._slots and bool(self._queue)
+        return waiting or any(not run.plan.holds for run in self._running.values())
 
     def _tick(self) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -126,18 +138,23 @@ class NullBackend:
         if events:
             self._emit(events)
         if self._running:
-            self._wake(self._next_s())
+            self._wake(self._next_s())  # nothing, if all of them hold
 
     def _rush(self) -> list[EngineEvent]:
         """Answer up to CHUNK attempts at once."""
         events: list[EngineEvent] = []
         for _ in range(min(CHUNK, len(self._queue))):
+            if len(self._running) >= self._slots:
+                break
             work = self._queue.popleft()
             quick_or_run = self._begin(work, 0.0, quick=True)
             if isinstance(quick_or_run, Finished):
                 events.append(quick_or_run)
                 continue
             run = quick_or_run
+            if run.plan.holds:
+                self._hold(run, events)
+                continue
             if work.stream:
                 events.extend(run.progress(run.left) or run.closing())
             events.append(null_answer.finish(self._spec, run.plan))
@@ -146,6 +163,8 @@ class NullBackend:
     def _begin(self, work: Work, started_s: float, *, quick: bool = False) -> _Run | Finished:
         """An attempt that can run, or its end: the quick answer, or what is wrong with it."""
         try:
+            if work.kind is Kind.EMBEDDING:
+                return null_answer.embed(self._spec, work)
             done = self._quick.finish(work) if quick else None
             return done or _Run(null_answer.plan(self._spec, work), started_s)
         except MotorpoolError as error:
@@ -162,16 +181,33 @@ class NullBackend:
             if isinstance(run, Finished):
                 events.append(run)
                 continue
+            if run.plan.holds:
+                self._hold(run, events)
+                continue
             if run.left == 0:
                 events.extend(run.closing())
                 events.append(null_answer.finish(self._spec, run.plan))
                 continue
             self._running[work.key] = run
 
+    def _hold(self, run: _Run, events: list[EngineEvent]) -> None:
+        """Say that the prompt is read, and keep the slot until somebody cancels it."""
+        key = run.plan.work.key
+        self._running[key] = run
+        asyncio.get_running_loop().call_later(HOLD_S, self._let_go, key)
+        events.append(Progressed(key=key, deltas=[]))
+
+    def _let_go(self, key: str) -> None:
+        """Nobody has come for a held place; keys are never used twice, so it is still the same one."""
+        if key in self._running:
+            self.cancel([key])
+
     def _advance(self, events: list[EngineEvent]) -> None:
         """Give out the tokens that are due."""
         rate = self._spec.rate_tokens_per_s
         for key, run in list(self._running.items()):
+            if run.plan.holds:
+                continue
             due = min(int((self._clock_s - run.started_s) * rate + 1e-6), run.left) - run.given
             if due > 0:
                 events.extend(run.progress(due))
@@ -184,15 +220,20 @@ class NullBackend:
         rate = self._spec.rate_tokens_per_s
         waits = []
         for run in self._running.values():
+            if run.plan.holds:
+                continue
             token = run.started_s + (run.given + 1) / rate
             end = run.started_s + run.left / rate
             soonest = token if run.plan.work.stream else min(end, max(token, self._clock_s + GATHER_S))
             waits.append(soonest)
-        return max(0.0005, min(min(waits) - self._clock_s, MAX_STEP_S))
+        return max(0.0005, min(min(waits, default=self._clock_s + MAX_STEP_S) - self._clock_s, MAX_STEP_S))
 
 
 class _Run:
-    """One attempt under way. ``left`` tokens are to be given out here, ``given`` of them were."""
+    """One attempt under way. ``left`` tokens are to be given out here, ``given`` of them were.
+
+    Choices are given out one after the other, each from where an earlier vehicle left it.
+    """
 
     def __init__(self, plan: Plan, started_s: float) -> None:
         self.plan = plan
@@ -203,31 +244,40 @@ class _Run:
     def progress(self, count: int) -> list[EngineEvent]:
         """The next ``count`` tokens."""
         deltas: list[Delta] = []
-        first = self.plan.carried + self.given
-        last = first + count
-        at = 0
-        for index, pieces in enumerate(self.plan.choices):
-            part = pieces[max(0, first - at) : max(0, last - at)]
-            at += len(pieces)
-            if not part:
-                continue
-            deltas.append(
-                Delta(
-                    index=index,
-                    text="".join(piece.text for piece in part),
-                    token_ids=[number for piece in part for number in piece.ids],
-                    logprobs=answer.pack_entries([entry for piece in part for entry in piece.entries]),
-                    finish_reason=self.plan.reasons[index] if last >= at else None,
+        plan = self.plan
+        first, last = self.given, self.given + count
+        at = 0  # of what is to be given out here
+        for index, pieces in enumerate(plan.choices):
+            rest = len(pieces) - plan.given[index]
+            begin, end = max(0, first - at), min(rest, last - at)
+            at += rest
+            if begin < end:
+                part = pieces[plan.given[index] + begin : plan.given[index] + end]
+                deltas.append(
+                    Delta(
+                        index=index,
+                        text="".join(piece.text for piece in part),
+                        token_ids=[number for piece in part for number in piece.ids],
+                        logprobs=answer.pack_entries([entry for piece in part for entry in piece.entries]),
+                        finish_reason=plan.reasons[index] if end == rest else None,
+                    )
                 )
-            )
+            elif rest == 0 and first <= at <= last and not plan.ended[index]:
+                # Its text is all out, but nobody has said so yet; said twice at a border, it is said once.
+                plan.ended[index] = True
+                deltas.append(Delta(index=index, text="", finish_reason=plan.reasons[index]))
         self.given += count
-        return [Progressed(key=self.plan.work.key, deltas=deltas)] if deltas else []
+        return [Progressed(key=plan.work.key, deltas=deltas)] if deltas else []
 
     def closing(self) -> list[EngineEvent]:
         """The end of an answer to which nothing is left to add."""
-        reasons = enumerate(self.plan.reasons)
-        deltas = [Delta(index=index, text="", finish_reason=reason) for index, reason in reasons]
-        return [Progressed(key=self.plan.work.key, deltas=deltas)]
+        plan = self.plan
+        deltas = [
+            Delta(index=index, text="", finish_reason=reason)
+            for index, reason in enumerate(plan.reasons)
+            if not plan.ended[index]
+        ]
+        return [Progressed(key=plan.work.key, deltas=deltas)] if deltas else []
 
 
 class InlineNullEngine:

@@ -9,11 +9,13 @@ where or in how many parts it was made, so a continued answer is byte for byte t
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from typing import Any, Final
 
 import msgspec
 
-from motorpool.agent.runtime import answer
+from motorpool.agent.runtime import answer, embedding
 from motorpool.agent.runtime.answer import Choice, Entry
 from motorpool.agent.runtime.engine import Finished, Work
 from motorpool.agent.runtime.flow import Flow, Piece
@@ -28,13 +30,15 @@ _RIMES: Final = ("a", "e", "i", "o", "u", "al", "en", "ir", "on", "um", "ak", "e
 WORDS: Final = tuple(onset + rime for onset in _ONSETS for rime in _RIMES)
 _BLOCK: Final = 64  # tokens from one hash
 _JSON_PIECE_CHARS: Final = 4
+DIMENSIONS: Final = 384  # numbers of a vector, as the catalogue says
 
 
 class Plan(msgspec.Struct, kw_only=True):
     """The whole answer of one attempt, before any of it is given out.
 
-    ``choices`` holds the pieces of each choice, ``carried`` of the first one were given out by earlier vehicles.
-    ``echoes`` is what the text of each choice begins with.
+    ``choices`` holds the pieces of each choice, and so many of each as ``given`` says were given out by earlier
+    vehicles; ``ended`` are the choices whose end was told as well. ``echoes`` is what the text of each choice begins
+    with. ``holds``: nothing is given out, the attempt only keeps its slot.
     """
 
     work: Work
@@ -42,13 +46,20 @@ class Plan(msgspec.Struct, kw_only=True):
     echoes: list[str]
     reasons: list[str]
     prompt_tokens: int
-    carried: int
+    given: list[int]
+    ended: list[bool]
     logprobs: bool
+    holds: bool = False
 
     @property
     def total(self) -> int:
         """Tokens of the whole answer, over all choices."""
         return sum(len(pieces) for pieces in self.choices)
+
+    @property
+    def carried(self) -> int:
+        """Those of them that earlier vehicles gave out."""
+        return sum(self.given)
 
 
 def name_of(spec: EngineSpec) -> str:
@@ -68,16 +79,18 @@ def plan(spec: EngineSpec, work: Work) -> Plan:
         pieces, reason = _choice(spec, work, body, index)
         choices.append(pieces)
         reasons.append(reason)
-    checkpoint = answer.carried(work) if len(choices) == 1 else None
-    carried = 0 if checkpoint is None else _carried(checkpoint, choices[0])
+    before = answer.carried_choices(work, len(choices))
+    given = [0 if each is None else _carried(each, pieces) for each, pieces in zip(before, choices, strict=True)]
     return Plan(
         work=work,
         choices=choices,
         echoes=echoes,
         reasons=reasons,
         prompt_tokens=prompt_tokens,
-        carried=carried,
+        given=given,
+        ended=[reason is not None for reason in answer.carried_ends(work, len(choices))],
         logprobs=body.top is not None,
+        holds=answer.holds(work),
     )
 
 
@@ -95,6 +108,25 @@ def finish(spec: EngineSpec, made: Plan) -> Finished:
         for index, (pieces, reason) in enumerate(zip(made.choices, made.reasons, strict=True))
     ]
     return answer.finished(made.work, spec.model, name_of(spec), choices, usage)
+
+
+def embed(spec: EngineSpec, work: Work) -> Finished:
+    """Vectors of length 1 that depend on the input alone; raise CallerError for a body that cannot be run."""
+    body = embedding.parse(work.body)
+    counts = [_words_in(part) if isinstance(part, str) else len(part) for part in body.inputs]
+    for index, count in enumerate(counts):
+        if count > spec.context_tokens:
+            raise embedding.too_long(index, count, spec.context_tokens)
+    usage = Usage(prompt_tokens=sum(counts))
+    return embedding.finished(work, spec.model, body, [_vector(part) for part in body.inputs], usage)
+
+
+def _vector(part: embedding.Input) -> bytes:
+    """One vector: a hash of its input, as numbers from -1 to 1, brought to length 1."""
+    data = part.encode() if isinstance(part, str) else msgspec.json.encode(part)
+    numbers = struct.unpack(f"<{DIMENSIONS}h", hashlib.shake_128(data).digest(2 * DIMENSIONS))
+    length = math.sqrt(sum(number * number for number in numbers)) or 1.0
+    return struct.pack(f"<{DIMENSIONS}f", *(number / length for number in numbers))
 
 
 class Quick:

@@ -78,6 +78,10 @@ class NullServer:
     async def _answer(self, kind: Kind, body: bytes, send: Send) -> None:
         number = f"chatcmpl-{next(self._numbers)}"
         work = Work(key=number, kind=kind, body=body, response_id=number, created_s=CREATED_S)
+        if kind is Kind.EMBEDDING:
+            embedded = null_answer.embed(self._spec, work)
+            await _whole(send, embedded.status, embedded.body)
+            return
         rate = self._spec.rate_tokens_per_s
         try:
             options = _options.decode(body)

@@ -8,14 +8,16 @@ closed, so an agent kills this engine instead of freezing it. Token ids are not 
 counts as one token until the server's usage arrives. A chat answer is continued from its text, as a last assistant
 message with ``continue_final_message`` (vLLM, llama.cpp); a server that ignores this may begin a new sentence instead.
 A text completion is continued by adding the text to the prompt. Prompts of token ids and requests for several choices
-start again. ``echo`` of a prompt that is text is done here, since the server would echo what was carried as well. The
-prompt tokens of a continued answer are the reported ones less the carried ones.
+start again. Embeddings are asked for as plain numbers, which every server knows. ``echo`` of a prompt that is text is
+done here, since the server would echo what was carried as well. The prompt tokens of a continued answer are the
+reported ones less the carried ones.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import struct
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -24,7 +26,7 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
-from motorpool.agent.runtime import answer
+from motorpool.agent.runtime import answer, embedding
 from motorpool.agent.runtime.answer import Choice, Entry
 from motorpool.agent.runtime.backend import Emit
 from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Progressed, Ready, Work
@@ -32,7 +34,7 @@ from motorpool.agent.runtime.flow import Flow, Piece
 from motorpool.agent.runtime.request import Body, ChatBody, CompletionBody, parse, stops_of
 from motorpool.agent.runtime.spec import REMOTE_SILENCE_S, EngineSpec
 from motorpool.errors import CallerError, CapacityError, EngineError, MotorpoolError, SetupError
-from motorpool.types import Usage
+from motorpool.types import Kind, Usage
 from motorpool.wire import Checkpoint, Delta
 
 CONNECT_S: Final = 10.0
@@ -40,6 +42,7 @@ DRAIN_S: Final = 0.1  # after the end of an answer
 READ_BYTES: Final = 256 * 1024  # what is read ahead; then the server waits
 MAX_LINE_BYTES: Final = 8 * 1024 * 1024  # of one event
 MAX_ERROR_BYTES: Final = 64 * 1024
+MAX_VECTORS_BYTES: Final = 64 * 1024 * 1024
 MAX_TOKENS: Final = 1 << 24  # of one answer: more than any model makes
 _OURS: Final = frozenset({401, 403, 404, 405})  # the operator's key or address is wrong, not the customer's request
 
@@ -113,7 +116,10 @@ class RemoteBackend:
     async def _run(self, work: Work) -> None:
         event: EngineEvent
         try:
-            event = await _Call(self._client, self._spec, work, self._fingerprint, self._emit).run()
+            if work.kind is Kind.EMBEDDING:
+                event = await _embed(self._client, self._spec, work)
+            else:
+                event = await _Call(self._client, self._spec, work, self._fingerprint, self._emit).run()
         except asyncio.CancelledError:
             event = Cancelled(key=work.key)
         except (CallerError, CapacityError) as error:
@@ -306,6 +312,54 @@ class _Call:
             cached_tokens=within(int(details.get("cached_tokens") or 0), prompt),
             carried_tokens=carried,
         )
+
+
+async def _embed(client: aiohttp.ClientSession, spec: EngineSpec, work: Work) -> EngineEvent:
+    """Have the server make embeddings, whatever form it can give them in."""
+    body = embedding.parse(work.body)
+    content = msgspec.json.encode(
+        {"model": spec.remote_model or spec.model, "input": body.inputs, "encoding_format": "float"}
+    )
+    headers = {"Content-Type": "application/json"}
+    url = _address(spec, work.kind.value)
+    async with client.post(url, data=content, headers=headers, allow_redirects=False) as response:
+        if response.status >= 400:
+            raise _refused(response.status, await _beginning(response.content))
+        data = await _whole(response.content)
+    found = _remote_embeddings.decode(data)
+    items = sorted(found.data, key=lambda item: item.index)
+    if [item.index for item in items] != list(range(len(body.inputs))):
+        raise EngineError("the model server left out an embedding")
+    vectors = [struct.pack(f"<{len(item.embedding)}f", *item.embedding) for item in items]
+    usage = Usage(prompt_tokens=within(int(found.usage.get("prompt_tokens") or 0), MAX_TOKENS))
+    return embedding.finished(work, spec.model, body, vectors, usage)
+
+
+class _RemoteVector(msgspec.Struct, frozen=True):
+    """One vector of a server's answer."""
+
+    index: int
+    embedding: list[float]
+
+
+class _RemoteEmbeddings(msgspec.Struct, frozen=True):
+    """What is read of a server's answer."""
+
+    data: list[_RemoteVector]
+    usage: dict[str, Any] = {}
+
+
+_remote_embeddings: Final = msgspec.json.Decoder(_RemoteEmbeddings)
+
+
+async def _whole(content: aiohttp.StreamReader) -> bytes:
+    """All of a response. Raises EngineError over MAX_VECTORS_BYTES."""
+    data = bytearray()
+    async for piece in content.iter_any():
+        data += piece
+        if len(data) > MAX_VECTORS_BYTES:
+            raise EngineError("the model server sent more embeddings than were asked for")
+    return bytes(data)
 
 
 def _address(spec: EngineSpec, route: str) -> str:

@@ -132,7 +132,7 @@ def parse(kind: Kind, data: bytes) -> Body:
     try:
         body = _spoken(_chat.decode(data)) if kind is Kind.CHAT else _prompted(_completion.decode(data))
     except msgspec.ValidationError as error:
-        raise _misfit(str(error)) from error
+        raise misfit(str(error)) from error
     except msgspec.DecodeError as error:
         raise CallerError("the body is not JSON", code="invalid_json") from error
     except UnicodeDecodeError as error:
@@ -185,8 +185,8 @@ def _prompted(raw: _RawCompletion) -> CompletionBody:
     return body
 
 
-def _misfit(message: str) -> CallerError:
-    """Say which field has the wrong type. msgspec's texts name types and paths, never values."""
+def misfit(message: str) -> CallerError:
+    """The error that says which field has the wrong type. msgspec's texts name types and paths, never values."""
     found = _FIELD.search(message)
     field = found.group(1) if found and found.group(1) else None
     if field is None:

@@ -5,9 +5,10 @@ pseudonyms, or guess what is missing: NA stays None.
 Called by: ``agent.signals.replay``, the simulator.
 
 The Norwegian files (Sørensen et al., Zenodo 13896176) have ``;``, a decimal comma and NA; the Boulder file is plain CSV
-with a byte-order mark. Neither tells a time zone that can be used as it stands: Norway gives local times without one,
-taken as Europe/Oslo; Boulder writes "+00" behind what is local time and names MST or MDT in a column of its own, which
-is what counts. A local time that a change of clocks makes doubtful is taken with the offset from before the change.
+with a byte-order mark. Norway gives local times without a zone, taken as Europe/Oslo; a local time that a change of
+clocks makes doubtful is taken with the offset from before the change. Boulder's times are UTC, as the "+00" behind them
+says; the column beside them names the zone of the place, MST or MDT. (Read as local times, hardly anybody would plug in
+between five and ten in the morning, and many at midnight.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta, timezone, tzinfo
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TypeVar
 from zoneinfo import ZoneInfo
@@ -26,7 +27,7 @@ from motorpool.errors import SetupError
 
 NORWAY: Final = ZoneInfo("Europe/Oslo")
 BOULDER: Final = ZoneInfo("America/Denver")
-BOULDER_OFFSETS: Final = {"MST": timezone(timedelta(hours=-7)), "MDT": timezone(timedelta(hours=-6))}
+BOULDER_ZONES: Final = frozenset(("MST", "MDT"))
 R = TypeVar("R")
 
 
@@ -200,11 +201,10 @@ def _station(row: _Row) -> Session | None:
         return None
     times = []
     for column, zone_column in (("Start_Date___Time", "Start_Time_Zone"), ("End_Date___Time", "End_Time_Zone")):
-        local = row.moment(column, "%Y/%m/%d %H:%M:%S+00")
-        zone: tzinfo | None = BOULDER if row.missing(zone_column) else BOULDER_OFFSETS.get(row.text(zone_column))
-        if zone is None:
+        if not row.missing(zone_column) and row.text(zone_column) not in BOULDER_ZONES:
             raise row.bad(zone_column, "is neither MST nor MDT")
-        times.append(int(local.replace(tzinfo=zone).timestamp() * 1000))
+        utc = row.moment(column, "%Y/%m/%d %H:%M:%S+00").replace(tzinfo=UTC)
+        times.append(int(utc.timestamp() * 1000))
     energy_kwh = row.number("Energy__kWh_")
     return None if energy_kwh is None else _session(row.text("Station_Name"), times[0], times[1], energy_kwh)
 

@@ -20,10 +20,12 @@ from starlette.routing import Route
 from motorpool import wire
 from motorpool.core.attribution import UWH_PER_MWH
 from motorpool.errors import AuthenticationError, CallerError, MotorpoolError, NotFoundError
+from motorpool.server.admin.fleet import FleetAdmin
+from motorpool.server.admin.replies import json_response
 from motorpool.server.admin.views import BatchView, OwnerLink, StatusView, StoryEntry, VehicleView
 from motorpool.server.loop import CellLoop
 from motorpool.server.owner.sessions import CODE_MS, new_code
-from motorpool.store import books, owners
+from motorpool.store import books, fleet_settings, owners
 from motorpool.trust.credentials import CellIdentity
 
 RECENT_BATCHES: Final = 20
@@ -40,11 +42,6 @@ class NewVehicle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     owner_key: str = ""
 
 
-def json_response(value: object, status: int = 200) -> Response:
-    """Any of our structs as JSON."""
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
 class Admin:
     """The handlers; each needs the operator's key."""
 
@@ -57,9 +54,11 @@ class Admin:
         self._urls = urls
         self._key = key.encode()
         self._currency = currency
+        self._fleet = FleetAdmin(cell)
 
     def app(self) -> Starlette:
         """The ASGI application."""
+        fleet = self._fleet
         routes = [
             ("/v1/status", self.status, "GET"),
             ("/v1/vehicles", self.vehicles, "GET"),
@@ -69,6 +68,14 @@ class Admin:
             ("/v1/vehicles/{vehicle_id}/owner-link", self.owner_link, "POST"),
             ("/v1/vehicles/{vehicle_id}/story", self.story, "GET"),
             ("/v1/batches/{vehicle_id}/story", self.story, "GET"),
+            ("/v1/vehicles/{vehicle_id}", fleet.set_vehicle, "PATCH"),
+            ("/v1/vehicles/{vehicle_id}/why", fleet.vehicle_why, "GET"),
+            ("/v1/batches/{batch_id}/why", fleet.batch_why, "GET"),
+            ("/v1/sites", fleet.sites, "GET"),
+            ("/v1/sites/{name}", fleet.set_site, "PUT"),
+            ("/v1/sites/{name}", fleet.remove_site, "DELETE"),
+            ("/v1/customers", fleet.customers, "GET"),
+            ("/v1/customers/{account:path}", fleet.set_customer, "PUT"),
         ]
         return Starlette(routes=[Route(path, self._guarded(call), methods=[method]) for path, call, method in routes])
 
@@ -126,6 +133,9 @@ class Admin:
                     owner_known=bool(row["owner_key"]),
                     withdrawn=row["withdrawn_ms"] is not None,
                     paused_until_ms=row["paused_until_ms"] if row["paused_until_ms"] > now else None,
+                    site=row["site"],
+                    trust=row["trust"],
+                    reserve=bool(row["reserve"]),
                 )
             )
         return views
@@ -203,6 +213,9 @@ class Admin:
             lambda db: books.add_vehicle(db, new.vehicle_id, new.name or new.vehicle_id, new.owner_key, now)
         )
         self._cell.enrolled.add(new.vehicle_id)
+        settings = fleet_settings.find_vehicle_settings(self._cell.reader, new.vehicle_id)
+        if settings is not None and settings != fleet_settings.VehicleSettings(vehicle_id=new.vehicle_id):
+            await self._fleet.configure(settings)  # it was struck off, and is as it was set before
         if new.vehicle_id in self._cell.scheduler.vehicles:  # with another owner, whose word counts from now on
             await self._cell.owner_spoke(new.vehicle_id, "enrolled again", cause="operator")
         return json_response(credentials, 201)

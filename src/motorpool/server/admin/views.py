@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from motorpool.core.why_words import JobWhy, VehicleWhy
 from motorpool.types import Reason
 
 
@@ -45,6 +46,9 @@ class VehicleView(msgspec.Struct, frozen=True, kw_only=True):
     owner_known: bool = False  # an owner's key is registered
     withdrawn: bool = False  # the owner has withdrawn the consent: it gets no work
     paused_until_ms: int | None = None
+    site: str = ""  # where it stands, as the operator has set it
+    trust: int = 0  # tier, 0 to 3
+    reserve: bool = False  # it works only on what would be late without it
 
 
 class OwnerLink(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +85,25 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     vehicles: list[VehicleView]
     batches: list[BatchView]
+
+
+class BatchWhy(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a batch stands where it stands. ``why`` is None unless it is in progress; ``errors``: why it was refused."""
+
+    batch_id: str
+    status: str
+    words: str
+    errors: list[str] = []
+    why: JobWhy | None = None
+
+
+class VehicleReasons(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a vehicle gets nothing now. ``reasons``: its guard's, with details; ``why`` is None if it never reported."""
+
+    vehicle_id: str
+    words: str
+    reasons: list[Reason] = []
+    why: VehicleWhy | None = None
 
 
 class StoryEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,20 +13,29 @@ import re
 import sqlite3
 import traceback
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 import msgspec
 
 from motorpool.errors import MotorpoolError, NotFoundError
 from motorpool.server.cell import Cell
+from motorpool.server.openai import openapi
 from motorpool.server.openai.batches import BatchRoutes
+from motorpool.server.openai.embeddings import EmbeddingRoutes
 from motorpool.server.openai.exchange import ClientGoneError, Exchange, MethodNotAllowedError, Receive, Scope, Send
 from motorpool.server.openai.files import FileRoutes
+from motorpool.server.openai.idempotency import NAME as IDEMPOTENCY_KEY
+from motorpool.server.openai.idempotency import Idempotency, Incoming, Outgoing, Turn
 from motorpool.server.openai.keys import KeyRing
 from motorpool.server.openai.live import LiveRoutes
 from motorpool.server.openai.models import ModelRoutes
+from motorpool.server.openai.ratelimits import MeteredCell, RateLimits, work_for
+from motorpool.server.openai.responses.routes import ResponseRoutes
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.server.openai.validation import Validation
+from motorpool.server.openai.webhooks import WebhookRoutes
 from motorpool.server.owner.routes import OwnerRoutes
+from motorpool.server.webhooks.worker import WebhookWorker
 
 Handler = Callable[[Exchange, str], Awaitable[None]]
 _log = logging.getLogger(__name__)
@@ -40,6 +49,7 @@ class Route(msgspec.Struct, frozen=True):
     template: str
     handler: Handler
     needs_key: bool = True
+    metered: bool = False  # it runs a model: the limits of a key count it
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -54,7 +64,11 @@ class Api:
     def __init__(self, cell: Cell, settings: ApiSettings) -> None:
         self._cell = cell
         self._keys = KeyRing(lambda: cell.reader, cell.now_ms, settings.key_ttl_ms)
+        self._limits = RateLimits(lambda: cell.reader, cell.now_ms, settings.key_ttl_ms)
+        self._idempotency = Idempotency(cell, settings.max_body_bytes)
         self.validation = Validation(cell, settings)
+        self.webhooks = WebhookWorker(cell)
+        self._document = b""
         self.routes = self._make_routes(settings)
         self._fixed: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], Route]] = []
@@ -65,14 +79,24 @@ class Api:
                 self._fixed.setdefault(route.template, {})[route.method] = route
 
     def _make_routes(self, settings: ApiSettings) -> list[Route]:
-        live = LiveRoutes(self._cell, settings)
+        metered = cast("Cell", MeteredCell(self._cell))
+        live = LiveRoutes(metered, settings)
+        self.responses = responses = ResponseRoutes(metered, settings)
+        embeddings = EmbeddingRoutes(metered, settings)
         files = FileRoutes(self._cell, settings)
         batches = BatchRoutes(self._cell, settings, self.validation)
         models = ModelRoutes(self._cell)
+        webhooks = WebhookRoutes(self._cell, settings, self.webhooks.sender)
         owner = OwnerRoutes(self._cell, settings.currency)
         return [
-            Route("POST", "/v1/chat/completions", live.chat),
-            Route("POST", "/v1/completions", live.completion),
+            Route("POST", "/v1/chat/completions", live.chat, metered=True),
+            Route("POST", "/v1/completions", live.completion, metered=True),
+            Route("POST", "/v1/embeddings", embeddings.create, metered=True),
+            Route("POST", "/v1/responses", responses.create, metered=True),
+            Route("GET", "/v1/responses/{response_id}", responses.show),
+            Route("DELETE", "/v1/responses/{response_id}", responses.delete),
+            Route("POST", "/v1/responses/{response_id}/cancel", responses.cancel),
+            Route("GET", "/v1/responses/{response_id}/input_items", responses.input_items),
             Route("GET", "/v1/models", models.page),
             Route("GET", "/v1/models/{model:path}", models.show),
             Route("POST", "/v1/files", files.upload),
@@ -84,6 +108,15 @@ class Api:
             Route("GET", "/v1/batches", batches.page),
             Route("GET", "/v1/batches/{batch_id}", batches.show),
             Route("POST", "/v1/batches/{batch_id}/cancel", batches.cancel),
+            Route("POST", "/v1/webhook_endpoints", webhooks.create),
+            Route("GET", "/v1/webhook_endpoints", webhooks.page),
+            Route("GET", "/v1/webhook_endpoints/{webhook_endpoint_id}", webhooks.show),
+            Route("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}", webhooks.update),
+            Route("DELETE", "/v1/webhook_endpoints/{webhook_endpoint_id}", webhooks.delete),
+            Route("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret", webhooks.rotate),
+            Route("POST", "/v1/webhook_endpoints/{webhook_endpoint_id}/test", webhooks.test),
+            Route("GET", "/v1/webhook_endpoints/{webhook_endpoint_id}/deliveries", webhooks.deliveries),
+            Route("GET", "/v1/webhook_event_types", webhooks.event_types),
             Route("POST", "/v1/owner/enrol", owner.enrol, needs_key=False),
             Route("POST", "/v1/owner/challenge", owner.challenge, needs_key=False),
             Route("POST", "/v1/owner/token", owner.token, needs_key=False),
@@ -93,30 +126,49 @@ class Api:
             Route("POST", "/v1/owner/vehicles/{vehicle_id}/need-car", owner.need_car, needs_key=False),
             Route("POST", "/v1/owner/vehicles/{vehicle_id}/resume", owner.resume, needs_key=False),
             Route("GET", "/healthz", _health, needs_key=False),
+            Route("GET", "/openapi.json", self._describe, needs_key=False),
         ]
 
+    async def _describe(self, exchange: Exchange, _: str) -> None:
+        """GET /openapi.json."""
+        if not self._document:  # made when somebody asks for it: few cells are ever asked
+            self._document = openapi.encoded()
+        await exchange.answer(200, self._document)
+
     def resume(self) -> int:
-        """Go on with the batches that a stop left in ``validating``; return how many."""
-        return self.validation.resume()
+        """Go on with the batches that a stop left in ``validating``, and with background responses; return how many."""
+        self.webhooks.start()
+        return self.validation.resume() + self.responses.resume()
 
     async def close(self) -> None:
         """Stop background work."""
+        await self.webhooks.close()
         await self.validation.close()
+        await self.responses.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "http":
-            await self._serve(Exchange(scope, receive, send, self._cell.now_ms))
+            incoming, outgoing = Incoming(receive), Outgoing(send)
+            await self._serve(Exchange(scope, incoming, outgoing, self._cell.now_ms), incoming, outgoing)
         elif scope["type"] == "lifespan":
             await _lifespan(receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008, "reason": "no WebSocket is served here"})
 
-    async def _serve(self, exchange: Exchange) -> None:
+    async def _serve(self, exchange: Exchange, incoming: Incoming, outgoing: Outgoing) -> None:
+        turn: Turn | None = None
         try:
             route, argument = self._find(exchange.scope["method"], exchange.scope["path"])
             if route.needs_key:
                 exchange.account = self._keys.account(exchange.header(b"authorization"))
+                if route.method == "POST" and exchange.header(IDEMPOTENCY_KEY):
+                    turn = await self._idempotency.begin(exchange, incoming, outgoing)
+                if turn is not None and turn.kept is not None:
+                    await turn.replay(exchange)
+                    return
+                if route.metered:
+                    self._measure(exchange, outgoing)
             await route.handler(exchange, argument)
         except ClientGoneError:
             return
@@ -124,6 +176,17 @@ class Api:
             await self._tell(exchange, error)
         except Exception as error:  # noqa: BLE001 - the client gets an answer whatever happens
             await self._tell(exchange, self._unexpected(exchange, error))
+        finally:
+            if turn is not None:
+                turn.over()
+
+    def _measure(self, exchange: Exchange, outgoing: Outgoing) -> None:
+        """Count a request that runs a model. Raises RateLimitError if its key has none left for now."""
+        meter = self._limits.meter(exchange.header(b"authorization"))
+        work_for(meter)
+        if meter is not None:
+            outgoing.extra = meter.headers
+            meter.count_request()
 
     def _find(self, method: str, path: str) -> tuple[Route, str]:
         methods = self._fixed.get(path)

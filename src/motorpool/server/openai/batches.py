@@ -30,12 +30,17 @@ from motorpool.server.openai.settings import (
     ApiSettings,
 )
 from motorpool.server.openai.validation import LineError, Validation
-from motorpool.store import customer
+from motorpool.store import books, customer
+from motorpool.store.books import BatchTerms
 from motorpool.store.customer import BatchRow, BatchStatus
 
 DEFAULT_BATCHES_PAGE: Final = 20
 _WINDOW = re.compile(r"([1-9][0-9]{0,4})([mhd])", re.ASCII)
 _UNIT_S: Final = {"m": 60, "h": 3600, "d": 86400}
+MAX_REGIONS: Final = 32
+MAX_REGION_CHARS: Final = 32
+MAX_TRUST: Final = 3
+FLEX: Final = "flex"
 _errors: Final = msgspec.json.Decoder(list[LineError])
 
 
@@ -46,14 +51,29 @@ class OutputExpiry(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Annotated[int, Meta(ge=MIN_EXPIRY_S, le=MAX_EXPIRY_S)]
 
 
+Region = Annotated[str, Meta(min_length=1, max_length=MAX_REGION_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class BatchWishes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a batch may run, on vehicles of which tier of trust at least, and whether anything need be promised.
+
+    No field that is not known is let through: a misspelt residency would be none.
+    """
+
+    regions: Annotated[list[Region], Meta(min_length=1, max_length=MAX_REGIONS)] | None = None
+    min_trust: Annotated[int, Meta(ge=0, le=MAX_TRUST)] = 0
+    priority: Literal["standard", "flex"] = "standard"
+
+
 class NewBatch(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/batches."""
 
     input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     completion_window: str
     metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
+    motorpool: BatchWishes | None = None
 
 
 _new_batch: Final = msgspec.json.Decoder(NewBatch)
@@ -97,12 +117,26 @@ class BatchUsage(msgspec.Struct, frozen=True, kw_only=True):
     motorpool: ShownFootprint
 
 
+class Quote(msgspec.Struct, frozen=True, kw_only=True):
+    """By when a batch will be done, in seconds since 1970 (UTC); not ``known``: the cell has no history to go by."""
+
+    finish_at: int
+    known: bool
+
+
 class BatchExtra(msgspec.Struct, frozen=True, kw_only=True):
-    """What OpenAI has no field for: tokens that a vehicle took over from another, the cost so far, who could run it."""
+    """What OpenAI has no field for: tokens that a vehicle took over from another, the cost so far, who could run it.
+
+    Then what was asked for, and what was promised: None before the file is checked, and for priority ``flex``.
+    """
 
     carried_tokens: int
     cost_micro: int
     vehicles: int
+    regions: tuple[str, ...] | None = None
+    min_trust: int = 0
+    priority: str = "standard"
+    quote: Quote | None = None
 
 
 class BatchObject(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,8 +177,9 @@ class BatchList(msgspec.Struct, frozen=True, kw_only=True):
     has_more: bool
 
 
-def batch_object(row: BatchRow, vehicles: int) -> BatchObject:
+def batch_object(row: BatchRow, vehicles: int, terms: BatchTerms = books.NO_TERMS) -> BatchObject:
     """The customer's view of a row; ``vehicles`` could run its model now."""
+    known = terms.quote_known
     return BatchObject(
         id=row.batch_id,
         endpoint=row.endpoint,
@@ -179,8 +214,26 @@ def batch_object(row: BatchRow, vehicles: int) -> BatchObject:
             ),
         ),
         metadata=None if row.metadata is None else Raw(row.metadata.encode()),
-        motorpool=BatchExtra(carried_tokens=row.carried_tokens, cost_micro=row.cost_micro, vehicles=vehicles),
+        motorpool=BatchExtra(
+            carried_tokens=row.carried_tokens,
+            cost_micro=row.cost_micro,
+            vehicles=vehicles,
+            regions=terms.regions or None,
+            min_trust=terms.min_trust,
+            priority=FLEX if terms.best_effort else "standard",
+            quote=None
+            if terms.promised_ms is None or known is None
+            else Quote(finish_at=terms.promised_ms // 1000, known=known),
+        ),
     )
+
+
+def _terms(wishes: BatchWishes | None) -> BatchTerms:
+    """What is asked for, as the books keep it."""
+    if wishes is None:
+        return books.NO_TERMS
+    regions = tuple(dict.fromkeys(wishes.regions or ()))
+    return BatchTerms(regions=regions, min_trust=wishes.min_trust, best_effort=wishes.priority == FLEX)
 
 
 def _seconds(at_ms: int | None) -> int | None:
@@ -237,7 +290,9 @@ class BatchRoutes:
                     code="invalid_purpose",
                     param="input_file_id",
                 )
-            return customer.insert_batch(connection, draft)
+            inserted = customer.insert_batch(connection, draft)
+            books.save_terms(connection, inserted.batch_no, _terms(new.motorpool))
+            return inserted
 
         row = await self._cell.write(change)
         self._validation.begin(row)
@@ -273,7 +328,8 @@ class BatchRoutes:
         await exchange.answer_object(self._object(self._row(exchange, batch_id)))
 
     def _object(self, row: BatchRow) -> BatchObject:
-        return batch_object(row, 0 if row.model is None else self._cell.serving(row.model))
+        vehicles = 0 if row.model is None else self._cell.serving(row.model)
+        return batch_object(row, vehicles, books.terms_of(self._cell.reader, row.batch_no))
 
     def _row(self, exchange: Exchange, batch_id: str) -> BatchRow:
         return customer.customers_batch(self._cell.reader, exchange.account, batch_id)

@@ -28,7 +28,9 @@ CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "verbosity": ("low", "medium", "high"),
     "method": ("POST",),
     "anchor": ("created_at",),
-    "endpoint": ("/v1/chat/completions", "/v1/completions"),
+    "endpoint": ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+    "encoding_format": ("float", "base64"),
+    "priority": ("standard", "flex"),
 }
 
 

@@ -14,6 +14,7 @@ from msgspec import Meta, Raw
 
 from motorpool.errors import CallerError, TooLargeError
 from motorpool.server.openai.decoding import decode
+from motorpool.server.openai.embeddings import EmbeddingRequest, check_embedding
 from motorpool.server.openai.requests import (
     ChatRequest,
     CompletionRequest,
@@ -60,10 +61,22 @@ class CompletionLine(msgspec.Struct, frozen=True, kw_only=True):
     body: CompletionRequest
 
 
+class EmbeddingLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of /v1/embeddings."""
+
+    custom_id: CustomId
+    method: Literal["POST"]
+    url: str
+    body: EmbeddingRequest
+
+
+Asked = Request | EmbeddingRequest
+
 _ID: Final = msgspec.json.Decoder(NamedLine)
 _RAW: Final = msgspec.json.Decoder(RawLine)
 _CHAT: Final = msgspec.json.Decoder(ChatLine)
 _COMPLETION: Final = msgspec.json.Decoder(CompletionLine)
+_EMBEDDING: Final = msgspec.json.Decoder(EmbeddingLine)
 
 
 def parse_line(data: bytes | memoryview) -> tuple[str, bytes]:
@@ -77,28 +90,29 @@ def custom_id_of(data: bytes | memoryview) -> str:
     return _ID.decode(data).custom_id
 
 
-def check_line(kind: Kind, data: bytes, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[str, Request]:
+def check_line(kind: Kind, data: bytes, max_body_bytes: int = MAX_BODY_BYTES) -> tuple[str, Asked]:
     """Check one line as the live endpoint would check its body; return its custom_id and what it asks for.
 
     Raises CallerError; ``param`` names the field, ``body.temperature`` for instance.
     """
-    line: ChatLine | CompletionLine
+    line: ChatLine | CompletionLine | EmbeddingLine
     if kind is Kind.CHAT:
         line = decode(_CHAT, data)
-        if line.url != "/v1/chat/completions":
-            raise _wrong_url(kind)
-        try:
-            check_chat(line.body)
-        except CallerError as error:
-            raise _inside(error) from None
-    else:
+    elif kind is Kind.COMPLETION:
         line = decode(_COMPLETION, data)
-        if line.url != "/v1/completions":
-            raise _wrong_url(kind)
-        try:
+    else:
+        line = decode(_EMBEDDING, data)
+    if line.url != kind.url:
+        raise _wrong_url(kind)
+    try:
+        if isinstance(line, ChatLine):
+            check_chat(line.body)
+        elif isinstance(line, CompletionLine):
             check_completion(line.body)
-        except CallerError as error:
-            raise _inside(error) from None
+        else:
+            check_embedding(line.body)
+    except CallerError as error:
+        raise inside(error) from None
     if line.body.stream:
         raise CallerError(
             "body.stream must not be true: a batch has no stream", code="invalid_value", param="body.stream"
@@ -113,7 +127,8 @@ def too_large(max_body_bytes: int) -> TooLargeError:
     return TooLargeError(f"body is over the limit of {max_body_bytes} bytes", code="body_too_large", param="body")
 
 
-def _inside(error: CallerError) -> CallerError:
+def inside(error: CallerError) -> CallerError:
+    """An error of a body as one of its line."""
     return CallerError(f"body: {error.message}", code=error.code, param=f"body.{error.param}")
 
 

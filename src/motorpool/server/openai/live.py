@@ -14,20 +14,25 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from motorpool.core.streams import name_of, tier_of
 from motorpool.errors import CapacityError, ErrorEnvelope, MotorpoolError, VehicleError
 from motorpool.server.cell import Cell, LiveAnswer, LiveRequest, LiveTokens
+from motorpool.server.live_call import About, LastTokens, WholeAnswer
 from motorpool.server.openai import chunks
 from motorpool.server.openai.chunks import Chunks
 from motorpool.server.openai.exchange import Attendance, ClientGoneError, Exchange, encode_error, retry_headers
-from motorpool.server.openai.footprints import with_footprint
+from motorpool.server.openai.footprints import NAME, with_footprint
 from motorpool.server.openai.requests import ChatRequest, CompletionRequest, Request, read_request
 from motorpool.server.openai.settings import ApiSettings
-from motorpool.types import Kind
+from motorpool.types import Kind, Usage
 
 _log = logging.getLogger(__name__)
 _EVENT_STREAM = b"text/event-stream; charset=utf-8"
 _STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
 _RETRY = tuple(retry_headers(CapacityError("try again")))
+_DATA = b"data: "
+_ORDINARY = About()
+_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _envelope = msgspec.json.Decoder(ErrorEnvelope)
 
 
@@ -66,18 +71,46 @@ class LiveRoutes:
         if request.stream:
             await _Stream(self._cell, exchange, live, request).run(self._settings.keep_alive_ms / 1000)
         else:
-            await self._plain(exchange, live)
+            await self._plain(exchange, live, request.service_tier if isinstance(request, ChatRequest) else None)
 
-    async def _plain(self, exchange: Exchange, live: LiveRequest) -> None:
+    async def _plain(self, exchange: Exchange, live: LiveRequest, tier: str | None) -> None:
         async with Attendance(exchange):
             answer = await self._cell.answer(live)
-        await answer_with(exchange, answer)
+        await answer_with(exchange, answer, tier)
 
 
-async def answer_with(exchange: Exchange, answer: LiveAnswer) -> None:
-    """Send a whole answer with its footprint; if it says that nothing can serve, with the time to try again."""
-    body = with_footprint(answer.body, answer.footprint)
+async def answer_with(exchange: Exchange, answer: LiveAnswer, tier: str | None = None) -> None:
+    """Send a whole answer with its footprint; if it says that nothing can serve, with the time to try again.
+
+    ``tier``: the ``service_tier`` that was asked for, so that the answer states the one that was given.
+    """
+    body = told(with_footprint(answer.body, answer.footprint), answer)
+    if tier is not None and answer.status < 400:
+        body = with_field(body, b"service_tier", msgspec.json.encode(name_of(tier_of(tier))))
     await exchange.answer(answer.status, body, _RETRY if answer.status in {429, 503} else ())
+
+
+def told(body: bytes, answer: LiveAnswer | LiveTokens) -> bytes:
+    """A body or a chunk whose ``usage.motorpool`` also says how it came about, if that was not the ordinary way."""
+    about = answer.about if isinstance(answer, (WholeAnswer, LastTokens)) else _ORDINARY
+    if about == _ORDINARY:
+        return body
+    try:
+        fields = _raw_fields.decode(body)
+        usage = _raw_fields.decode(fields["usage"])
+        shown = _raw_fields.decode(usage.get(NAME, b"{}")) | _raw_fields.decode(msgspec.json.encode(about))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError):
+        return body
+    usage[NAME] = msgspec.Raw(msgspec.json.encode(shown))
+    return msgspec.json.encode(fields | {"usage": msgspec.Raw(msgspec.json.encode(usage))})
+
+
+def with_field(body: bytes, name: bytes, value: bytes) -> bytes:
+    """A JSON object with one more field; anything else as it is."""
+    end = body.rstrip()
+    if not end.endswith(b"}") or end == b"{}":
+        return body
+    return b'%b,"%b":%b}' % (end[:-1], name, value)
 
 
 async def _close(items: AsyncIterator[LiveTokens | LiveAnswer]) -> None:
@@ -139,7 +172,7 @@ class _Stream:
                     continue
                 data = self._chunks.tokens(item.deltas, item.engine)
                 if item.usage is not None:
-                    usage = self._chunks.usage(item.usage, item.footprint) if self._with_usage else b""
+                    usage = self._usage(item, item.usage) if self._with_usage else b""
                     last = data + usage + chunks.DONE
                 elif data:
                     if self._opening is None or not self._opening.done():
@@ -154,10 +187,16 @@ class _Stream:
             raise VehicleError("the stream broke off before its end", code="stream_interrupted")
         return last
 
+    def _usage(self, item: LiveTokens, usage: Usage) -> bytes:
+        """The usage chunk, with how the answer came about."""
+        chunk = self._chunks.usage(usage, item.footprint)
+        data = chunk.removeprefix(_DATA).rstrip()
+        return b"%b%b\n\n" % (_DATA, told(data, item))
+
     async def _end_with(self, answer: LiveAnswer) -> bytes | None:
         """A whole answer: the end of a stream that is sent in one piece, or an error."""
         if answer.status < 400:
-            body = with_footprint(answer.body, answer.footprint)
+            body = told(with_footprint(answer.body, answer.footprint), answer)
             data = self._chunks.whole(body)
             return data + (self._chunks.whole_usage(body) if self._with_usage else b"") + chunks.DONE
         if self._opening is None:

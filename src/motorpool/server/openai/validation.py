@@ -22,8 +22,8 @@ import numpy as np
 from motorpool.catalogue import Catalogue
 from motorpool.errors import CallerError, MotorpoolError, NotFoundError
 from motorpool.server.cell import Cell, ValidBatch
-from motorpool.server.openai.lines import LINE_OVERHEAD_BYTES, check_line, too_large
-from motorpool.server.openai.requests import Request
+from motorpool.server.openai.embeddings import EmbeddingRequest, check_line_size, check_model
+from motorpool.server.openai.lines import LINE_OVERHEAD_BYTES, Asked, check_line, inside, too_large
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.store import customer
 from motorpool.store.blobs import BlobStore
@@ -91,6 +91,8 @@ class Inspection:
                 raise too_large(self._settings.max_body_bytes)
             custom_id, request = check_line(self._kind, data, self._settings.max_body_bytes)
             self._check_model(request.model)
+            if isinstance(request, EmbeddingRequest):
+                self._check_embedding(request)
             self._check_unique(custom_id)
             self.limits.append(self._limit(request))
         except CallerError as error:
@@ -98,8 +100,10 @@ class Inspection:
         self.offsets.append(offset)
         self.lengths.append(len(data))
 
-    def _limit(self, request: Request) -> int:
+    def _limit(self, request: Asked) -> int:
         """How many tokens the answer may have over all choices: no vehicle is paid for more."""
+        if isinstance(request, EmbeddingRequest):
+            return 0
         return min(request.limit_tokens or self._context_tokens, self._context_tokens) * request.choices
 
     def oversized(self, length: int) -> None:
@@ -147,6 +151,16 @@ class Inspection:
             self._context_tokens = self._catalogue.get(model).context_tokens
         except NotFoundError as error:
             raise CallerError(error.message, code=error.code, param="body.model") from None
+
+    def _check_embedding(self, request: EmbeddingRequest) -> None:
+        model = self._catalogue.models.get(request.model)
+        if model is None:
+            return  # told on the first line
+        try:
+            check_model(request, model)
+        except CallerError as error:
+            raise inside(error) from None
+        check_line_size(request, model)
 
     def _check_unique(self, custom_id: str) -> None:
         # 128 bits of digest: two different ids meet less often than the memory holding them fails.

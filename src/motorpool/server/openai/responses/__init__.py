@@ -1,0 +1,1 @@
+"""``/v1/responses``: requests turned into chat completions, their answers into events and stored objects."""

@@ -1,0 +1,1 @@
+"""Telling customers, at addresses of their own, that something has ended."""
