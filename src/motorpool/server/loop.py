@@ -12,6 +12,7 @@ Called by: ``server.main``; the API speaks to it through ``server.cell.Cell``. M
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import sqlite3
 from collections import deque
@@ -52,6 +53,7 @@ GATHER_S: Final = 0.02  # pay for live requests is committed together this often
 STOP_GRACE_S: Final = 3.0
 REBUILD_WAIT_S: Final = 1.0
 MAX_REWRITE_WAIT_S: Final = 60.0
+LARGE_FLEET: Final = 2_000  # vehicles
 CUSTOMER_CLASS: Final = "batch documents"  # what an owner is told of whom leases are for
 UNWRITABLE: Final = "internal_error"  # the code of an error that no repetition mends
 # Errors of SQLite that lie in what was to be written, not in the disk or the database.
@@ -286,7 +288,7 @@ class CellLoop:
 
     def _restore(self) -> None:
         db = self._database.writer
-        self.scheduler = Scheduler(books.next_epoch(db))
+        self.scheduler = Scheduler(books.next_epoch(db), fast=_is_large(db))
         self.enrolled = set()
         for site in fleet_settings.list_sites(db):
             self.scheduler.set_site(site.name, site.limit_w, site.limit_vehicles)
@@ -669,6 +671,16 @@ def _started(
         min_trust=terms.min_trust,
         best_effort=terms.best_effort,
     )
+
+
+def _is_large(db: sqlite3.Connection) -> bool:
+    """Whether the fleet is so large that compiled kernels pay, and they can be had."""
+    if db.execute("SELECT count(*) FROM vehicle").fetchone()[0] < LARGE_FLEET:
+        return False
+    if importlib.util.find_spec("numba") is None:
+        log.warning("a fleet of this size is scheduled faster with: pip install 'motorpool[fleet]'")
+        return False
+    return True
 
 
 def _is_outage(error: Exception) -> bool:
