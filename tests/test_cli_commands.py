@@ -151,7 +151,11 @@ def test_the_models_say_whether_they_are_here(
     monkeypatch.setenv("MOTORPOOL_MODELS", str(tmp_path))
     assert main.run(["models", "list", "--json"]) == 0
     states = {row["model"]["id"]: row["state"] for row in json.loads(capsys.readouterr().out)}
-    assert states == {"null": "needs no file", "smollm2-135m-instruct": "not fetched"}
+    assert states == {
+        "null": "needs no file",
+        "smollm2-135m-instruct": "not fetched",
+        "all-minilm-l6-v2": "not fetched",
+    }
     assert main.run(["models", "list"]) == 0
     assert "98 MB" in capsys.readouterr().out
 
