@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 from motorpool.core import kernels
+from motorpool.core.scheduler import Scheduler
 from motorpool.server import loop
 from motorpool.store.database import Database
 
@@ -17,7 +19,7 @@ def test_compiled_kernels_are_for_large_fleets_and_where_they_can_be_had(
 ) -> None:
     monkeypatch.setattr(loop, "LARGE_FLEET", 4)
     if not there:
-        monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     database = Database(tmp_path / "cell.db")
     for number in range(vehicles):
         database.writer.execute(
@@ -28,4 +30,4 @@ def test_compiled_kernels_are_for_large_fleets_and_where_they_can_be_had(
 
 
 def test_without_a_large_fleet_kernels_are_plain_functions() -> None:
-    assert loop.Scheduler().cell.k is kernels
+    assert Scheduler().cell.k is kernels
