@@ -212,6 +212,24 @@ def test_what_was_read_ahead_is_not_read_again(model_file: Path) -> None:
     trial(model_file, test)
 
 
+@pytest.mark.llama
+def test_an_answer_depends_neither_on_what_was_read_before_nor_on_its_company(model_file: Path) -> None:
+    bodies = [chat("filler " * (20 * k) + f"Trip {k}: where to?", max_tokens=12, temperature=0) for k in range(4)]
+    alone: list[str] = []
+
+    async def first(t: Trial) -> None:
+        for k, body in enumerate(bodies):
+            alone.append((await t.ask(body, key=f"k{k}"))["choices"][0]["message"]["content"])
+
+    async def second(t: Trial) -> None:
+        await t.ask(chat("something long " * 60, max_tokens=1), key="before")
+        done = await t.run(*[work(body, key=f"k{k}", stream=True) for k, body in enumerate(bodies)])
+        assert [json.loads(each.body)["choices"][0]["message"]["content"] for each in done] == alone
+
+    trial(model_file, first)
+    trial(model_file, second, slots=4)
+
+
 # -- the grammar of the rest, without a model
 
 

@@ -30,9 +30,9 @@ from motorpool.types import Kind
 _POOLING: Final = ".pooling_type"  # the entry of a model's file that makes it one for embeddings
 _BEGINS: Final = "tokenizer.ggml.cls_token_id"
 _ENDS: Final = "tokenizer.ggml.seperator_token_id"  # the format spells it so
-# From 64 tokens in a batch on, llama.cpp reckons attention in another way, and the same prompt comes out otherwise by what
-# was read together with it: greedy answers would depend on what the vehicle did before. Below, they do not, at a price of
-# a few percent of the speed of reading; and a request that nobody wants any more is noticed in the middle of its prompt.
+# From 64 tokens in a batch on, llama.cpp reckons attention in another way, and the same prompt comes out otherwise by
+# what was read together with it: greedy answers would depend on what the vehicle did before. Below, they do not, at a
+# price of a few percent of the speed of reading; and a request that nobody wants any more is noticed while it is read.
 BATCH_TOKENS: Final = 48
 _SPEAKS: Final = frozenset({"avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"})
 
@@ -158,7 +158,7 @@ def _serve(spec: EngineSpec, file: IO[bytes], digest: str) -> Model:
             f"llama.cpp cannot load the model file {spec.model_path}{_within(spec)}; "
             f"fetch it with: motorpool models pull {spec.model} --force"
         ) from error
-    name = fingerprint("llama.cpp", xllamacpp.__version__, digest, platform.machine(), *_instructions())
+    name = fingerprint("llama.cpp", xllamacpp.__version__, digest, BATCH_TOKENS, platform.machine(), *_instructions())
     return Model(spec=spec, server=server, socket=folder.hide(), fingerprint=name, embeds=embeds, edges=edges)
 
 

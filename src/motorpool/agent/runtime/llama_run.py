@@ -8,9 +8,9 @@ Where a continued answer is byte for byte the unbroken one: chat and text comple
 exactly the tokens that were generated, and a grammar goes on where they end (``llama_rest``). This holds for greedy
 answers and for those with a ``seed``. Five things bound it:
 
-* llama.cpp computes the carried tokens in one batch instead of one by one, so logits differ in their last bits; two
-  tokens that are that close may change places. The same holds for other requests in the same batch and for vehicles
-  with another processor (their fingerprint differs).
+* Vehicles with another processor reckon otherwise in the last bits (their fingerprint differs), and two tokens that are
+  that close may change places. On equal ones it makes no difference what was read together, as batches are kept short
+  (``llama.BATCH_TOKENS``).
 * Without all ids (``-1`` in the checkpoint, or ids whose text is not the carried text) the text itself is continued;
   it may be cut into other tokens than the ones that were generated.
 * With tools the carried text goes to llama.cpp as the beginning of the assistant's message, because only its chat route
@@ -100,6 +100,7 @@ class Run:
         self._work = work
         self._post = post
         self._cancelled = threading.Event()
+        self.holds = answer.holds(work)  # it only reads, and then keeps its slot
 
     @property
     def cancelled(self) -> bool:
@@ -110,11 +111,6 @@ class Run:
     def cancelled(self, wanted: bool) -> None:
         if wanted:
             self._cancelled.set()
-
-    @property
-    def holds(self) -> bool:
-        """Whether it only reads and then keeps its slot."""
-        return answer.holds(self._work)
 
     def run(self) -> None:
         """Run to the end and post the final event, whatever it is."""
