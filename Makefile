@@ -88,6 +88,7 @@ bench-streams: setup model ## Streams while their vehicles are killed, frozen, c
 check-deep: setup model ## Ten thousand examples of each invariant, 20,000 worlds of faults, every fault at every step (hours)
 	@MOTORPOOL_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_invariants.py tests/test_invariant_*.py tests/test_trust_*.py -p no:cacheprovider
 	@MOTORPOOL_SEEDS=20000 $(BIN)/python -m pytest tests/test_sim_faults.py -p no:cacheprovider
+	@MOTORPOOL_CHAOS=200 $(BIN)/python -m pytest tests/test_stream_chaos.py -s -p no:cacheprovider
 	@MOTORPOOL_SWEEP=all $(BIN)/python -m pytest tests/test_fault_sweep.py -s
 
 wear-table: setup ## Run the battery models again and write the wear table

@@ -16,6 +16,7 @@ from motorpool.cli.modelfiles import load_catalogue
 from motorpool.cli.output import print_json, say, write_whole
 from motorpool.cli.process import run
 from motorpool.cli.running import CELL_FILE, SERVE_LOCK, RunningCell
+from motorpool.server.fallback import read_settings
 from motorpool.server.main import ServerConfig, ServerReady, run_server
 
 
@@ -33,6 +34,12 @@ from motorpool.server.main import ServerConfig, ServerReady, run_server
 @click.option(
     "--vehicle-url", "vehicle_urls", multiple=True, help="What vehicles are told to connect to, if it differs."
 )
+@click.option(
+    "--fallback",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON file of a paid OpenAI-compatible endpoint for live requests that no vehicle can serve: url, api_key, "
+    "models.",
+)
 @click.option("--currency", default="EUR", show_default=True, help="Unit of prices and earnings.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def serve(
@@ -44,6 +51,7 @@ def serve(
     admin_port: int,
     nats_urls: tuple[str, ...],
     vehicle_urls: tuple[str, ...],
+    fallback: Path | None,
     currency: str,
     as_json: bool,
 ) -> None:
@@ -64,6 +72,7 @@ def serve(
         nats_urls=list(nats_urls),
         vehicle_urls=list(vehicle_urls),
         currency=currency,
+        fallback=None if fallback is None else read_settings(fallback.read_bytes()),
     )
 
     def ready(found: ServerReady) -> None:

@@ -476,6 +476,7 @@ class CellLoop:
         vehicle = self.scheduler.vehicles.get(event.vehicle_id)
         if vehicle is not None and (vehicle.incarnation, vehicle.seq) == (event.state.incarnation, event.state.seq):
             self.reports.take(event.vehicle_id, event.state, withdrawn=vehicle.withdrawn)
+            self.desk.on_report(event.vehicle_id)  # it may say that it leaves soon
 
     def _change(
         self, db: sqlite3.Connection, change: Callable[[sqlite3.Connection], Any]

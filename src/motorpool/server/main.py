@@ -24,6 +24,7 @@ from motorpool.bus import BusError, CellLink, EmbeddedNats
 from motorpool.catalogue import Catalogue
 from motorpool.errors import MotorpoolError, SetupError
 from motorpool.server.admin.app import Admin
+from motorpool.server.fallback import FallbackSettings, PaidEndpoint
 from motorpool.server.loop import CellLoop
 from motorpool.server.openai.app import build_app
 from motorpool.server.openai.files import expire_files, sweep_blobs
@@ -53,6 +54,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     nats_urls: list[str] = []
     vehicle_urls: list[str] = []  # what vehicles are told, when it differs from nats_urls
     currency: str = "EUR"
+    fallback: FallbackSettings | None = None  # a paid endpoint for live requests that no vehicle can serve
 
 
 class ServerReady(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,6 +160,8 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
         clock=clock,
         currency=config.currency,
     )
+    if config.fallback is not None:
+        cell.desk.fallback = PaidEndpoint(config.fallback)
     sweep_blobs(cell)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,6 +196,8 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
         await api.close()
     finally:
         await cell.stop()
+        if cell.desk.fallback is not None:
+            await cell.desk.fallback.close()
         if nats is not None:
             await nats.stop()
 

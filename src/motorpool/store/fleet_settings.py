@@ -101,20 +101,23 @@ def remove_site(db: sqlite3.Connection, name: str) -> bool:
 def list_customers(db: sqlite3.Connection) -> list[Customer]:
     """Every account that has a key or a share, by name; without a share of its own it has 1."""
     rows = db.execute(
-        "SELECT account, coalesce(weight, 1.0) FROM (SELECT account FROM api_key UNION SELECT account FROM customer)"
+        "SELECT account, coalesce(weight_milli, 1000) FROM (SELECT account FROM api_key UNION SELECT account FROM customer)"
         " LEFT JOIN customer USING (account) ORDER BY account"
     )
-    return [Customer(account=row[0], weight=row[1]) for row in rows]
+    return [Customer(account=row[0], weight=row[1] / 1000) for row in rows]
 
 
 def shares(db: sqlite3.Connection) -> list[Customer]:
     """The customers that have a share of their own."""
-    return [Customer(account=row[0], weight=row[1]) for row in db.execute("SELECT account, weight FROM customer")]
+    rows = db.execute("SELECT account, weight_milli FROM customer")
+    return [Customer(account=row[0], weight=row[1] / 1000) for row in rows]
 
 
 def save_customer(db: sqlite3.Connection, customer: Customer) -> None:
     """Set a customer's share."""
-    db.execute("INSERT OR REPLACE INTO customer VALUES (?, ?)", (customer.account, customer.weight))
+    db.execute(
+        "INSERT OR REPLACE INTO customer VALUES (?, ?)", (customer.account, max(1, round(customer.weight * 1000)))
+    )
 
 
 def read_learnt(db: sqlite3.Connection, name: str) -> bytes | None:

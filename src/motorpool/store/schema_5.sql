@@ -23,7 +23,7 @@ CREATE TABLE site (
 -- A customer without a row has the share 1.
 CREATE TABLE customer (
   account TEXT PRIMARY KEY,
-  weight REAL NOT NULL CHECK (weight > 0)
+  weight_milli INTEGER NOT NULL CHECK (weight_milli > 0) -- thousandths
 ) STRICT, WITHOUT ROWID;
 
 -- What the cell has learnt of its fleet, so that a restart does not forget it. No vehicle is in it.

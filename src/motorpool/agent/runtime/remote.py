@@ -182,6 +182,9 @@ class _Call:
         return answer.finished(self._work, self._spec.model, self._fingerprint, choices, self._billed())
 
     def _resumable(self, body: Body) -> Checkpoint | None:
+        count = (body.n or 1) * (1 if isinstance(body, ChatBody) else len(body.prompts))
+        if count > 1 and any(answer.carried_choices(self._work, count)):
+            raise CapacityError("this engine cannot continue several choices")
         if (body.n or 1) > 1:
             return None
         if isinstance(body, CompletionBody) and (len(body.prompts) > 1 or not isinstance(body.prompts[0], str)):
