@@ -101,7 +101,8 @@ def remove_site(db: sqlite3.Connection, name: str) -> bool:
 def list_customers(db: sqlite3.Connection) -> list[Customer]:
     """Every account that has a key or a share, by name; without a share of its own it has 1."""
     rows = db.execute(
-        "SELECT account, coalesce(weight_milli, 1000) FROM (SELECT account FROM api_key UNION SELECT account FROM customer)"
+        "SELECT account, coalesce(weight_milli, 1000)"
+        " FROM (SELECT account FROM api_key UNION SELECT account FROM customer)"
         " LEFT JOIN customer USING (account) ORDER BY account"
     )
     return [Customer(account=row[0], weight=row[1] / 1000) for row in rows]
