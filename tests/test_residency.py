@@ -217,3 +217,14 @@ class Machine(RuleBasedStateMachine):
 
 TestResidency = Machine.TestCase
 TestResidency.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_what_was_made_abroad_is_not_taken_either_when_the_vehicle_is_back_and_has_the_lines_again() -> None:
+    scheduler = Scheduler()
+    scheduler.handle(bound(regions=("DE",)), 0)
+    lease = grants(scheduler.handle(report("v1", 1, region="DE"), 5))[0]
+    scheduler.handle(report("v1", 2, [lease.lease_id], region="FR"), 1_000)
+    again = grants(scheduler.handle(report("v1", 3, region="DE"), 2_000))[0]
+    assert set(again.lines) == set(lease.lines)
+    assert scheduler.handle(results("v1", lease.lease_id, lease.lines), 2_100) == []
+    assert of(scheduler.handle(results("v1", again.lease_id, again.lines), 2_200), ev.SaveResults)

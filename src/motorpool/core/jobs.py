@@ -56,6 +56,7 @@ class Job:
         self.holder = np.full(self.total, NOBODY, dtype=np.int32)
         self.cursor = 0
         self.again: list[int] = []
+        self.expelled: set[str] = set()  # leases that ended where the job may not run: nothing of them counts
         self.shadows: dict[int, int] = {}  # lines that run a second time: the row of the lease
         self.strikes: dict[int, list[str]] = {}  # the vehicles that failed over a line, in order
         self.overruns: dict[int, int] = {}  # how often a lease was over before a line showed one more token

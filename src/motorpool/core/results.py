@@ -33,6 +33,8 @@ class Results(Granting):
         if number is None:
             return []
         job = self.jobs[number]
+        if event.lease_id in job.expelled:
+            return []
         v = self.cell.vehicle(event.vehicle_id)
         accepted = Accepted(vehicle_id=event.vehicle_id, intensity_g_kwh=self._grams_per_kwh(v))
         lease = self.lease_row(event.lease_id)
@@ -184,6 +186,8 @@ class Results(Granting):
 
     def _keep_checkpoints(self, job: Job, row: int, event: ev.WorkReturned | ev.ProgressMade) -> Commands:
         """Keep the checkpoints that are longer than those known, and who generated what of them."""
+        if event.lease_id in job.expelled:
+            return []
         picks: list[int] = []
         shares_of: list[Shares] = []
         for place, (line, tokens) in enumerate(zip(event.lines, event.tokens, strict=True)):

@@ -83,6 +83,7 @@ class Terms(Results):
             if self._may_hold(v, job.row):
                 continue
             lines = job.lines_of(row)
+            job.expelled.add(self.lease_id(row))
             commands.append(self._revoke(row))
             if not int(self.cell.t.leases["flags"][row]) & SHADOW:
                 job.put_back(lines)
