@@ -66,8 +66,10 @@ def test_invariant_17_driving_away_costs_the_owner_nothing(turns: list[tuple[int
         vehicle = scheduler.vehicles["v1"]
         assert vehicle.failures == 0
         assert vehicle.blocked_until_ms <= now
-        assert not scheduler.jobs[1].strikes
         scheduler.validate()
+        if 1 not in scheduler.jobs:
+            break  # all of it was done
+        assert not scheduler.jobs[1].strikes
     assert earned == paid
     assert PRICE.owner_share_bp == 7000
 
