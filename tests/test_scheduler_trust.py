@@ -10,6 +10,7 @@ import pytest
 from tests.test_scheduler import LIMIT_TOKENS, grants, of, report, results, returned, started
 
 from motorpool.core import events as ev
+from motorpool.core import granting
 from motorpool.core import scheduler as sch
 from motorpool.core.accepted import MAX_TEMPLATE_TOKENS
 from motorpool.core.granting import BACKOFF_MS
@@ -177,6 +178,90 @@ def test_a_grant_of_a_cancelled_job_that_got_lost_is_not_sent_again() -> None:
     assert not grants(commands)
     assert ev.DropLease(lease_id=lease.lease_id) in commands
     assert ev.AssembleFiles(job_no=1) in commands
+
+
+def a_late_line() -> tuple[Scheduler, ev.SendGrant, ev.SendGrant]:
+    """``slow`` holds the only line of a job and does not come to an end with it; so ``quick`` has got it too."""
+    scheduler = Scheduler()
+    scheduler.handle(started(1), 0)
+    first = grants(scheduler.handle(report("slow", 1), 0))[0]
+    now = granting.MIN_LATE_MS + 1_000
+    scheduler.handle(report("slow", 2, [first.lease_id], state=VehicleState.WORKING), now)
+    assert not grants(scheduler.handle(report("quick", 1, model="other"), now)), "it could not run it"
+    commands = scheduler.handle(report("quick", 2), now)
+    second = grants(commands)[0]
+    assert (second.vehicle_id, second.lines) == ("quick", [0])
+    assert of(commands, ev.SaveHeld) == [ev.SaveHeld(job_no=1, vehicle_id="quick", lines=[0])], "its answer will count"
+    assert not grants(scheduler.handle(report("third", 1), now)), "twice and no more"
+    assert scheduler.jobs[1].leased == 1
+    scheduler.validate()
+    return scheduler, first, second
+
+
+@pytest.mark.parametrize("winner", ["slow", "quick"])
+def test_a_late_last_line_is_run_twice_and_counts_and_is_paid_once(winner: str) -> None:
+    scheduler, first, second = a_late_line()
+    won, lost = (first, second) if winner == "slow" else (second, first)
+    commands = scheduler.handle(results(winner, won.lease_id, [0]), 40_000)
+    assert [saved.vehicle_id for saved in of(commands, ev.SaveResults)] == [winner]
+    assert {t.credit for post in of(commands, ev.PostTransfers) for t in post.transfers} == {
+        "platform",
+        f"owner:{winner}",
+    }
+    assert ev.SendRevoke(vehicle_id=lost.vehicle_id, lease_id=lost.lease_id, lines=[0]) in commands
+    assert {drop.lease_id for drop in of(commands, ev.DropLease)} == {first.lease_id, second.lease_id}
+    assert ev.AssembleFiles(job_no=1) in commands
+    late = scheduler.handle(results(lost.vehicle_id, lost.lease_id, [0], message_id="m2"), 41_000)
+    assert late == []
+    scheduler.validate()
+
+
+@pytest.mark.parametrize("gives_up", ["slow", "quick"])
+@pytest.mark.parametrize("how", ["handed back", "an error", "silent", "the owner"])
+def test_of_two_that_run_a_line_either_may_leave_and_the_other_goes_on(gives_up: str, how: str) -> None:
+    scheduler, first, second = a_late_line()
+    gone, other = (first, second) if gives_up == "slow" else (second, first)
+    now = 40_000
+    if how == "handed back":
+        scheduler.handle(returned(gives_up, gone.lease_id, [0]), now)
+    elif how == "an error":
+        scheduler.handle(results(gives_up, gone.lease_id, [0], statuses=[500]), now)
+    elif how == "the owner":
+        spoke = ev.OwnerSpoke(cause_id="c", vehicle_id=gives_up, withdrawn=False, paused_until_ms=10**9, what="paused")
+        scheduler.handle(spoke, now)
+    else:
+        stays = report(other.vehicle_id, 9, [other.lease_id], state=VehicleState.WORKING)
+        scheduler.handle(stays, now + sch.SILENT_AFTER_MS)
+        tick(scheduler, now + sch.SILENT_AFTER_MS)
+    scheduler.validate()
+    assert gone.lease_id not in scheduler.leases
+    commands = scheduler.handle(results(other.vehicle_id, other.lease_id, [0], message_id="m2"), now + 30_000)
+    assert [saved.vehicle_id for saved in of(commands, ev.SaveResults)] == [other.vehicle_id]
+    assert not scheduler.jobs
+    assert not scheduler.leases
+
+
+def test_after_a_restart_a_line_that_was_run_twice_has_one_holder_and_both_may_still_answer() -> None:
+    _, first, second = a_late_line()
+    for answers in ("slow", "quick"):
+        scheduler = Scheduler(1)
+        scheduler.restore_job(
+            started(1), done=np.zeros(0, np.int64), carried={}, checkpoint_bytes={}, held={0: ("quick",)},
+            cancelling_ms=None,
+        )  # fmt: skip
+        for lease in (first, second):
+            scheduler.restore_lease(
+                ev.SaveLease(
+                    lease_id=lease.lease_id, job_no=1, vehicle_id=lease.vehicle_id, incarnation="i1", granted_ms=0,
+                    expires_ms=300_000, lines=[0], base={},
+                )
+            )  # fmt: skip
+        assert ev.DropLease(lease_id=second.lease_id) in scheduler.resume(50_000, settled_ms=50_000)
+        scheduler.validate()
+        lease = first if answers == "slow" else second
+        commands = scheduler.handle(results(answers, lease.lease_id, [0]), 51_000)
+        assert [saved.vehicle_id for saved in of(commands, ev.SaveResults)] == [answers]
+        assert not scheduler.jobs
 
 
 def test_a_vehicle_that_refuses_a_grant_as_too_much_gets_half_of_it_next_time() -> None:

@@ -73,10 +73,6 @@ class Cell:
         self.long_incarnations: dict[int, str] = {}  # those that do not fit the table
         self.free_jobs: list[int] = list(range(FIRST_ROWS - 1, -1, -1))
 
-    def hurry(self) -> None:
-        """Go on with compiled kernels."""
-        self.k = compiled(kernels)
-
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def vehicle(self, vehicle_id: str) -> int:

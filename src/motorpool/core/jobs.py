@@ -64,7 +64,6 @@ class Job:
         self.carried: dict[int, Shares] = {}
         self.checkpoint_bytes: dict[int, int] = {}
         self.cancelling_ms: int | None = None
-        self.grants = 0  # makes lease ids of this job unique
         self.lines_per_s = 0.0  # over all vehicles, smoothed, for the estimate of the time left
         self.rate_at_ms = 0
         self.rate_done = 0
