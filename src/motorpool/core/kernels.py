@@ -441,7 +441,7 @@ def pull(t: Tables, v: int, now_ms: int, out: Ints) -> int:
     if model == NONE:
         out[1] = OTHER_MODEL
         return NONE
-    if not _site_has_room(t, v):
+    if not site_has_room(t, v):
         out[1] = SITE_FULL
         return NONE
     risk = int(t.vehicles["risk_pct"][v])
@@ -481,7 +481,7 @@ def _is_tight(t: Tables, j: int, now_ms: int) -> bool:
 
 
 @kernel
-def _site_has_room(t: Tables, v: int) -> bool:
+def site_has_room(t: Tables, v: int) -> bool:
     """Whether the place where a vehicle stands has power and network for one more that works."""
     site = int(t.vehicles["site"][v])
     if site == 0 or int(t.vehicles["flags"][v]) & DRAWING != 0:

@@ -19,7 +19,6 @@ from motorpool.core.columns import (
     BEHIND,
     BEST_EFFORT,
     CANCELLING,
-    DRAWING,
     NEVER,
     NONE,
     RELAXED,
@@ -42,6 +41,7 @@ from motorpool.core.kernels import (
     queue_ms,
     refusal,
     share,
+    site_has_room,
     why_not,
 )
 from motorpool.core.planning import MARGIN
@@ -211,7 +211,7 @@ def verdict(t: Tables, v: int, j: int, now_ms: int) -> int:
     model = int(t.vehicles["model"][v])
     if model != int(t.jobs["model"][j]):
         return OTHER_MODEL
-    if not site_bears(t, v):
+    if not site_has_room(t, v):
         return SITE_FULL
     code = refusal(t, v, j)
     if code != OK:
@@ -224,18 +224,6 @@ def verdict(t: Tables, v: int, j: int, now_ms: int) -> int:
         if refusal(t, v, earlier) == OK:
             return OTHERS_FIRST if share(t, v, earlier) > 0 else QUEUE_FULL
     return OK if share(t, v, j) > 0 else QUEUE_FULL
-
-
-@kernel
-def site_bears(t: Tables, v: int) -> bool:
-    """Whether the site of a vehicle bears one more that is at work."""
-    site = int(t.vehicles["site"][v])
-    if site == 0 or int(t.vehicles["flags"][v]) & DRAWING != 0:
-        return True
-    limit_w, limit = int(t.sites["limit_w"][site]), int(t.sites["limit_vehicles"][site])
-    if limit_w > 0 and int(t.sites["used_w"][site]) + int(t.vehicles["permit_w"][v]) > limit_w:
-        return False
-    return limit == 0 or int(t.sites["working"][site]) < limit
 
 
 # -- a vehicle ---------------------------------------------------------------------------------------------------------
