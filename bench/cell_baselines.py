@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from motorpool.core.jit import compiled, kernel
+from motorpool.core.jit import allocating_kernel, compiled, kernel
 from motorpool.sim.world import (
     BROWNOUT,
     CHEATER,
@@ -410,7 +410,7 @@ def crashed(s: Settings, x: State, v: int) -> int:
     return ready_ms
 
 
-@kernel
+@allocating_kernel
 def work_through(g: Ground, s: Settings, x: State, events: Any, v: int, j: int, now_ms: int) -> None:
     """A vehicle takes lines of a job: what comes of it, and when, becomes events."""
     lines = lines_for(g, s, x, v, j)
@@ -470,7 +470,7 @@ def hold_site(g: Ground, x: State, v: int, sign: int) -> None:
     x.at_site_w[int(g.cars["site"][v])] += sign * int(g.cars["permit_w"][v])
 
 
-@kernel
+@allocating_kernel
 def buffered(g: Ground, s: Settings, x: State, events: Any, v: int, now_ms: int, active: int) -> int:
     """BOINC: fill the vehicle's buffer, work on the first task until it is done or something stops it.
 
@@ -538,7 +538,7 @@ def drop_closed(g: Ground, x: State, v: int, now_ms: int) -> None:
                 x.tasks["lines"][v, place] = 0
 
 
-@kernel
+@allocating_kernel
 def free(g: Ground, s: Settings, x: State, events: Any, v: int, now_ms: int, active: int) -> None:
     """A vehicle has nothing in hand: the next window, or more work."""
     w = int(x.cars["window"][v])
@@ -575,7 +575,7 @@ def free(g: Ground, s: Settings, x: State, events: Any, v: int, now_ms: int, act
     heapq.heappush(events, (min(now_ms + RETRY_MS, int(g.end_ms[w])), FREE, v, 0, 0, 0))
 
 
-@kernel
+@allocating_kernel
 def happens(g: Ground, s: Settings, x: State, events: Any, event: Any, active: int) -> None:
     """One event."""
     now_ms, what, v, j, lines, mark = event
@@ -613,7 +613,7 @@ def accept_or_stream(g: Ground, s: Settings, x: State, v: int, j: int, lines: in
         accept(g, x, v, j, lines, mark == 1, now_ms)
 
 
-@kernel
+@allocating_kernel
 def simulate(g: Ground, s: Settings, x: State) -> None:
     """From the first Monday to the end of the world."""
     events = [(0, FREE, 0, 0, 0, 0)]

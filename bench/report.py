@@ -180,12 +180,20 @@ def processor_time() -> tuple[int, int]:
 
 
 def finish(
-    name: str, figures: list[Figure], *, begun: Begun, keep: bool, skipped: dict[str, str], remarks: list[str]
+    name: str,
+    figures: list[Figure],
+    *,
+    begun: Begun,
+    keep: bool,
+    skipped: dict[str, str],
+    remarks: list[str],
+    part: bool = False,
 ) -> Results:
     """Print the tables and write ``results/NAME.json``; a run that is not to be kept writes into ``.work`` instead.
 
     A run in which a part of our own failed ends the process with an error, and is kept only if every figure has a value
-    of ours.
+    of ours. Of a run that was a ``part`` only, the figures take the place of those with the same names in what is kept,
+    and the others stay; each figure says of which commit it is.
     """
     failed = {name: reason for name, reason in skipped.items() if name.startswith(OURS)}
     whole = OURS not in skipped and not any(name.startswith(f"{OURS}, round") for name in skipped)
@@ -207,12 +215,30 @@ def finish(
     folder = RESULTS if keep and whole else BENCH / ".work"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
+    written = joined(path, results) if part else results
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(written), indent=2) + b"\n")
     show(results, Console())
     print(f"==> {path.relative_to(ROOT)} ({results.took_s:.0f} s)", flush=True)
     if failed:
         raise SystemExit("a part of our own failed: " + "; ".join(failed))
     return results
+
+
+def joined(path: Path, new: Results) -> Results:
+    """What was kept before, with the figures of a run that was a part only in the place of those that they renew."""
+    if not path.exists():
+        return new
+    old = msgspec.json.decode(path.read_bytes(), type=Results)
+    renewed = {(figure.name, figure.point): figure for figure in new.figures}
+    figures = [renewed.pop((figure.name, figure.point), figure) for figure in old.figures]
+    return msgspec.structs.replace(
+        new,
+        changed=old.changed or new.changed,
+        took_s=round(old.took_s + new.took_s, 1),
+        figures=[*figures, *renewed.values()],
+        skipped=old.skipped | new.skipped,
+        remarks=list(dict.fromkeys([*old.remarks, *new.remarks])),
+    )
 
 
 def number(value: float) -> str:

@@ -36,7 +36,16 @@ os.environ.setdefault("NUMBA_CACHE_DIR", own_cache())  # before anything imports
 
 import msgspec  # noqa: E402
 
-from bench import cell_harvest, cell_outlook, cell_same, cell_speed, report  # noqa: E402
+from bench import (  # noqa: E402
+    cell_full,
+    cell_harvest,
+    cell_outlook,
+    cell_recovery,
+    cell_same,
+    cell_speed,
+    cell_updates,
+    report,
+)
 from bench.cell_bench import QUICK, RAW, Bench, NotMeasuredError, Size, progress  # noqa: E402
 from bench.cell_worlds import VARIABLE, recordings  # noqa: E402
 
@@ -58,8 +67,11 @@ PARTS: Final = (
     Part("ablations", "What each part is worth", cell_harvest.ablation_steps, cell_harvest.ablations),
     Part("placements", "Placements", cell_speed.placement_steps, cell_speed.placements),
     Part("memory", "Memory a vehicle", cell_speed.memory_steps, cell_speed.memory),
+    Part("recovery", "Start from the books", cell_recovery.recovery_steps, cell_recovery.recovered),
+    Part("updates", "Vehicle updates", cell_updates.update_steps, cell_updates.updates),
     Part("growth", "Growth", cell_speed.growth_steps, cell_speed.growth),
     Part("week", "A week of a million vehicles", cell_same.week_steps, cell_same.week),
+    Part("full", "The full gear", cell_full.full_steps, cell_full.full),
     Part("stays", "How long cars stay", cell_outlook.stay_steps, cell_outlook.stays),
     Part("energy", "Cheaper hours", cell_outlook.energy_steps, cell_outlook.energy),
 )
@@ -105,7 +117,12 @@ def main() -> None:
     """Run the parts, draw them, and write ``results/cell.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke test: small worlds, results not kept")
-    parser.add_argument("--only", action="append", choices=[part.key for part in PARTS], help="results not kept")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[part.key for part in PARTS],
+        help="a part; its figures take the place of the old ones",
+    )
     parser.add_argument("--vehicles", type=int, help="in the worlds of harvest and ablations")
     parser.add_argument("--seeds", type=int, help="how many worlds of each scenario")
     options = parser.parse_args()
@@ -113,7 +130,7 @@ def main() -> None:
     changed = {name: value for name in ("vehicles", "seeds") if (value := getattr(options, name)) is not None}
     size = msgspec.structs.replace(size, **changed)
     parts = [part for part in PARTS if not options.only or part.key in options.only]
-    keep = not options.quick and not options.only and not changed
+    keep = not options.quick and not changed
     begun = report.begin()
     with progress() as bar:
         bench = Bench(size, bar, sum(part.steps(size) for part in parts))
@@ -123,7 +140,9 @@ def main() -> None:
     draw(bench, keep=keep)
     if recordings():
         bench.remarks.append(f"Sessions: {bench.people.source}; {len(bench.people)} users or plugs.")
-    report.finish("cell", figures, begun=begun, keep=keep, skipped=bench.skipped, remarks=bench.remarks)
+    report.finish(
+        "cell", figures, begun=begun, keep=keep, skipped=bench.skipped, remarks=bench.remarks, part=bool(options.only)
+    )
 
 
 if __name__ == "__main__":

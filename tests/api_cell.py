@@ -25,13 +25,15 @@ from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Finished, Pro
 from motorpool.agent.runtime.null import InlineNullEngine
 from motorpool.agent.runtime.spec import Backend, EngineSpec
 from motorpool.catalogue import Catalogue, Model
+from motorpool.core import events as ev
 from motorpool.core.pricing import Price
 from motorpool.errors import CapacityError, ConflictError, VehicleError
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatch
 from motorpool.server.openai.app import Api, build_app
 from motorpool.server.openai.heads import BoundedProtocol
 from motorpool.server.openai.keys import create_key
-from motorpool.server.openai.lines import parse_line
+from motorpool.server.openai.lines import RESPONSES, body_for, custom_id_of, endpoint_of, parse_line
+from motorpool.server.openai.responses.lines import response_id_of, told_as_response
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.store import books, customer
 from motorpool.store.blobs import BlobStore, Opener, open_private
@@ -89,7 +91,8 @@ class LocalCell:
         await self.engine.close()
         self.database.close()
 
-    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(self, change: Callable[[sqlite3.Connection], T], *, bill: ev.LiveEnded | None = None) -> T:
+        assert bill is None, "nobody is paid where there are no vehicles"
         if self.write_error is not None:
             raise self.write_error
         writer = self.database.writer
@@ -185,7 +188,8 @@ class LocalCell:
         await self.write(change)
         self._runs[batch.batch_no] = asyncio.create_task(self._run(batch))
 
-    def serving(self, model: str) -> int:
+    def serving(self, model: str, regions: tuple[str, ...] = (), min_trust: int = 0) -> int:
+        del regions, min_trust
         return int(self.capacity and model == MODEL)
 
     async def cancel_batch(self, batch_no: int) -> None:
@@ -204,12 +208,11 @@ class LocalCell:
         done: dict[str, list[bytes]] = {"output": [], "error": []}
         counts = [0, 0, 0, 0]
         with self.blobs.map(file.blob) as data:
-            for offset, length in zip(batch.offsets.tolist(), batch.lengths.tolist(), strict=True):
+            for number, (offset, length) in enumerate(zip(batch.offsets.tolist(), batch.lengths.tolist(), strict=True)):
                 if self.hold is not None:
                     await self.hold.wait()
-                custom_id, body = parse_line(data[offset : offset + length])
                 ended = self._row(batch.batch_no).status == "cancelling" or self.now_ms() >= row.expires_ms
-                await self._line(batch, custom_id, body, done, counts, ended)
+                await self._line(batch, row, number, bytes(data[offset : offset + length]), done, counts, ended)
         await self.write(lambda connection: books.set_status(connection, batch.batch_no, "finalizing", self.now_ms()))
         if self._row(batch.batch_no).cancelling_ms is not None:
             status = "cancelled"
@@ -220,12 +223,14 @@ class LocalCell:
     async def _line(
         self,
         batch: ValidBatch,
-        custom_id: str,
-        body: bytes,
+        row: BatchRow,
+        number: int,
+        source: bytes,
         done: dict[str, list[bytes]],
         counts: list[int],
         ended: bool,
     ) -> None:
+        custom_id = custom_id_of(source)
         if ended:
             error = {"code": "batch_expired", "message": "This request could not be executed in time."}
             done["error"].append(msgspec.json.encode({"custom_id": custom_id, "response": None, "error": error}))
@@ -238,7 +243,7 @@ class LocalCell:
             model=batch.model,
             stream=False,
             choices=1,
-            body=body,
+            body=body_for(row.endpoint, source),
             created_s=self.now_ms() // 1000,
         )
         answer = await anext(self._live(request))
@@ -247,7 +252,10 @@ class LocalCell:
         usage = msgspec.json.decode(answer.body).get("usage", {})
         counts[2] += usage.get("prompt_tokens", 0)
         counts[3] += usage.get("completion_tokens", 0)
-        response = {"status_code": answer.status, "request_id": "req_b", "body": msgspec.Raw(answer.body)}
+        body = answer.body
+        if endpoint_of(row.endpoint) == RESPONSES:
+            body = told_as_response(parse_line(source)[1], answer, response_id_of(row.batch_id, number), "default")
+        response = {"status_code": answer.status, "request_id": "req_b", "body": msgspec.Raw(body)}
         line = {"id": "batch_req_1", "custom_id": custom_id, "response": response, "error": None}
         done["output" if answer.status == 200 else "error"].append(msgspec.json.encode(line))
 

@@ -24,6 +24,7 @@ from motorpool.agent.signals.car import CarSpec
 from motorpool.bus import CellLink, EmbeddedNats, VehicleLink
 from motorpool.catalogue import Catalogue, Model
 from motorpool.core.guard import Policy
+from motorpool.core.pricing import ATTO_PER_MICRO
 from motorpool.server.admin.app import Admin
 from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens
 from motorpool.server.entries import Entry
@@ -152,22 +153,53 @@ class World:
         return found
 
     def check_money(self, batch_id: str) -> None:
-        """What was charged is what the lines cost, and owners got their part of it, to the last millionth."""
+        """A batch costs its lines and nothing else, and the books as a whole are exact."""
         number, cost = self.all("SELECT batch_no, cost_micro FROM batch WHERE batch_id = ?", batch_id)[0]
-        costs = [
-            row[0]
-            for row in self.all(
-                "SELECT cost_micro FROM result WHERE line_key >= ? AND line_key < ?", number << 32, (number + 1) << 32
-            )
-        ]
-        moved = dict(
-            self.all("SELECT kind, sum(amount_micro) FROM transfer WHERE reference = ? GROUP BY kind", batch_id)
+        lines = self.all(
+            "SELECT sum(cost_micro), sum(prompt_tokens), sum(completion_tokens) FROM result"
+            " WHERE line_key >= ? AND line_key < ? AND status < 400",
+            number << 32,
+            (number + 1) << 32,
         )
-        for vehicle_id, earned in self.all("SELECT vehicle_id, earned_micro FROM vehicle"):
+        sums = [int(each or 0) for each in lines[0]]
+        charged = self.one(
+            "SELECT coalesce(sum(amount_micro), 0) FROM transfer WHERE reference = ? AND kind = 'usage'", batch_id
+        )
+        price = self.all("SELECT input_micro, output_micro FROM batch WHERE batch_id = ?", batch_id)[0]
+        exact = sums[1] * price[0] + sums[2] * price[1]
+        assert sums[0] == cost == charged == exact // 1_000_000, "down to the whole millionth, in the customer's favour"
+        self.check_ledger()
+
+    def check_ledger(self) -> None:
+        """All that was ever worked is owed to owners to the last bit, and the whole millionths of it are paid."""
+        worked = 0
+        for number, price, output, share in self.all(
+            "SELECT batch_no, input_micro, output_micro, owner_share_bp FROM batch WHERE input_micro IS NOT NULL"
+        ):
+            query = (
+                "SELECT coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) FROM result"
+                " WHERE line_key >= ? AND line_key < ? AND status < 400"
+            )
+            prompt, completion = self.all(query, number << 32, (number + 1) << 32)[0]
+            worked += (prompt * price + completion * output) * share * ATTO_PER_MICRO // 10**10
+        live = self.one(
+            "SELECT coalesce(sum(amount_micro), 0) FROM transfer WHERE kind = 'usage'"
+            " AND reference NOT IN (SELECT batch_id FROM batch)"
+        )
+        rest = self.one("SELECT coalesce(sum(atto), 0) FROM rest WHERE name LIKE 'customer:%'")
+        worked += (live * ATTO_PER_MICRO + rest) * 7 // 10
+        earned = owed = 0
+        for vehicle_id, micro, day in self.all(
+            "SELECT vehicle_id, earned_micro, (SELECT coalesce(sum(earned_micro), 0) FROM vehicle_day AS d"
+            " WHERE d.vehicle_id = v.vehicle_id) FROM vehicle AS v"
+        ):
             query = "SELECT coalesce(sum(amount_micro), 0) FROM transfer WHERE credit = ?"
-            assert earned == self.one(query, f"owner:{vehicle_id}")
-        assert sum(costs) == cost == moved.get("usage", 0)
-        assert moved.get("earning", 0) == sum(each * 7000 // 10_000 for each in costs)
+            assert micro == day == self.one(query, f"owner:{vehicle_id}")
+            earned += micro
+        owed = self.one("SELECT coalesce(sum(atto), 0) FROM rest WHERE name LIKE 'owner:%'")
+        assert earned * ATTO_PER_MICRO + owed == worked
+        kept = dict(self.all("SELECT name, atto FROM rest WHERE atto > 0"))
+        assert {name: self.cell.scheduler.rests.of(name) for name in kept} == kept, "a restart changes no rest"
 
     def request(self, text: str, tokens: int, *, stream: bool) -> LiveRequest:
         name = f"req_{text.replace(' ', '_')}_{self.cell.now_ms()}"

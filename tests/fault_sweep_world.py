@@ -410,6 +410,7 @@ class Lane:
         self.broker = Program(BROKER)
         self.sampler = Sampler()
         self.ahead_s = 0.0
+        self.most_ahead_s = 0.0
         self.writes = 0
         self.first: dict[str, str] | None = None  # the answers of an unbroken batch
         self._broker_port = 0

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 from tests.cell_world import DEADLINE_S, MODEL, HandPlayed, World
 
@@ -25,6 +24,11 @@ from motorpool.wire import Delta
 SPEC = EngineSpec(backend=Backend.NULL, model=MODEL)
 MULTI_BYTE = {"enum": ["née 🚗🚙 d'été — 東京"]}
 TOOL = {"type": "function", "function": {"name": "park", "parameters": {"type": "object", "properties": {}}}}
+PLACE: dict[str, Any] = {"enum": [{"lot": "née 🚗 d'été", "level": -2, "until": "18:30"}]}
+CALLED: dict[str, Any] = {
+    "tools": [TOOL, {"type": "function", "function": {"name": "find", "parameters": PLACE}}],
+    "tool_choice": {"type": "function", "function": {"name": "find"}},
+}
 _numbers = itertools.count()
 
 
@@ -47,15 +51,7 @@ def pieces(kind: Kind, body: bytes, checkpoint: bytes | None) -> tuple[list[Delt
     queues: list[list[Delta]] = []
     for index, found in enumerate(plan.choices):
         rest = found[plan.given[index] :]
-        deltas = [
-            Delta(
-                index=index,
-                text=piece.text,
-                token_ids=piece.ids,
-                logprobs=msgspec.json.encode(piece.entries) if piece.entries else b"",
-            )
-            for piece in rest
-        ]
+        deltas = [plan.delta_of(index, [piece], None) for piece in rest]
         if not plan.ended[index]:
             deltas.append(Delta(index=index, text="", finish_reason=plan.reasons[index]))
         queues.append(deltas)
@@ -130,6 +126,7 @@ class Told:
         self.text: dict[int, str] = {}
         self.entries: dict[int, list[Any]] = {}
         self.ends: dict[int, list[str]] = {}
+        self.calls: dict[int, list[dict[str, Any]]] = {}
         self.usage: Usage | None = None
         self.answer: LiveAnswer | None = None
 
@@ -140,6 +137,8 @@ class Told:
         for delta in item.deltas:
             self.text[delta.index] = self.text.get(delta.index, "") + delta.text
             self.entries.setdefault(delta.index, []).extend(json.loads(delta.logprobs or b"[]"))
+            fragments = json.loads(delta.calls or b"[]")
+            self.calls.setdefault(delta.index, []).extend(fragments)
             if delta.finish_reason is not None:
                 self.ends.setdefault(delta.index, []).append(delta.finish_reason)
         self.usage = item.usage or self.usage
@@ -150,7 +149,13 @@ class Told:
         return self.usage.prompt_tokens, self.usage.completion_tokens
 
     def same_as(self, other: Told) -> bool:
-        return (self.text, self.entries, self.ends, self.bill) == (other.text, other.entries, other.ends, other.bill)
+        mine = (self.text, self.entries, self.called, self.ends, self.bill)
+        return mine == (other.text, other.entries, other.called, other.ends, other.bill)
+
+    @property
+    def called(self) -> dict[int, list[Any]]:
+        """The fragments of calls without their ids, which are made anew for each answer."""
+        return {index: [each | {"id": None} for each in found] for index, found in self.calls.items()}
 
 
 async def told(world: World, request: LiveRequest, seen: Callable[[Told], None] = lambda told: None) -> Told:

@@ -349,7 +349,7 @@ def test_an_unexpected_failure_before_the_first_token_is_a_500(server: Running) 
         assert "secret" not in response.text
 
 
-def test_a_stream_that_may_call_tools_comes_in_one_piece(server: Running, client: openai.OpenAI) -> None:
+def test_a_whole_answer_with_tool_calls_ends_a_stream_in_one_piece(server: Running, client: openai.OpenAI) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
     body = {
@@ -359,7 +359,7 @@ def test_a_stream_that_may_call_tools_comes_in_one_piece(server: Running, client
     }
 
     async def script(request: LiveRequest) -> AsyncIterator[Item]:
-        assert not request.stream
+        assert request.stream
         yield LiveAnswer(status=200, body=msgspec.json.encode(body))
 
     server.cell.script = script

@@ -40,6 +40,9 @@ GOOD_CHAT: list[dict[str, Any]] = [
     {"user": "u", "store": True, "service_tier": "flex"},
     {"metadata": {"k" * 64: "v" * 512}},
     {"modalities": ["text"], "prediction": {"type": "content"}, "something_new": [1, {"a": None}]},
+    {"prompt_cache_key": "k", "prompt_cache_options": {}, "prompt_cache_retention": "24h", "safety_identifier": "s"},
+    {"web_search_options": {}, "moderation": {}, "tools": [TOOL], "parallel_tool_calls": False},
+    {"reasoning_effort": "xhigh", "verbosity": "low"},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
     {
         "messages": [

@@ -85,7 +85,7 @@ def test_what_was_asked_is_shown_again(client: openai.OpenAI) -> None:
         model=MODEL, input=ASKED, metadata={"a": "b"}, temperature=0.5, top_p=0.9, truncation="auto", user="u",
         safety_identifier="s", prompt_cache_key="k", max_tool_calls=3, parallel_tool_calls=False, tools=[TOOL],
         tool_choice="none", service_tier="flex", include=["reasoning.encrypted_content"],
-        prompt_cache_retention="24h", reasoning={"effort": "none"},
+        prompt_cache_retention="24h", reasoning={"effort": "none"}, extra_body={"prompt_cache_options": {"ttl": "30m"}},
     )  # fmt: skip
     shown = response.to_dict()
     assert {name: shown[name] for name in ("metadata", "temperature", "top_p", "truncation", "user")} == {
@@ -495,7 +495,7 @@ def test_a_fault_of_ours_leaves_nobody_waiting(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(runs, "output_items", broken)
+    monkeypatch.setattr(runs, "answered", broken)
     for stream in (False, True):
         response = post(server, {"model": MODEL, "input": "x", "stream": stream, "max_output_tokens": 1})
         assert "internal_error" in response.text

@@ -19,6 +19,7 @@ from tests.test_docs import ROOT
 from motorpool import bus, wire
 from motorpool.bus import BusError, CellLink, EmbeddedNats, VehicleLink, WorkMessage, open_client
 from motorpool.errors import CallerError, SetupError, TooLargeError, TrustError
+from motorpool.presence import Presence
 from motorpool.trust.credentials import CellIdentity, VehicleCredentials, load_credentials, save_credentials
 from motorpool.trust.nkeys import ACCOUNT, USER, KeyPair
 from motorpool.types import MAX_CHECKPOINT_BYTES, MAX_MESSAGE_BYTES, ReturnReason
@@ -518,3 +519,131 @@ def test_a_client_without_credentials_is_refused(tmp_path: Path) -> None:
             writer.close()
 
     run(test)
+
+
+# -- who leaves
+
+
+async def watched(folder: Path, test: Callable[[Cell, asyncio.Queue[str]], Awaitable[None]]) -> None:
+    """Run a test with a cell that is told whose connection ends."""
+    async with cell_in(folder) as cell:
+        gone: asyncio.Queue[str] = asyncio.Queue()
+        await cell.link.listen(lambda v, d: None, lambda v, d: None, gone.put_nowait)
+        await watching(cell.link)
+        await test(cell, gone)
+
+
+async def watching(link: CellLink, up: bool = True) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while link.watching is not up:
+            passed = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(passed.set_result, None)
+            await passed
+
+
+def break_off(client: Client) -> None:
+    """End the connection as the kernel does when the process dies."""
+    assert client._transport is not None
+    client._transport._io_writer.transport.abort()  # type: ignore[attr-defined]
+
+
+def test_the_end_of_a_vehicles_connection_is_told_at_once(tmp_path: Path) -> None:
+    async def test(cell: Cell, gone: asyncio.Queue[str]) -> None:
+        for name in ("v1", "cell", "watch"):
+            link = await vehicle(cell, name, asyncio.Queue())
+            break_off(link._connection.client)
+            async with asyncio.timeout(WAIT_S):
+                assert await gone.get() == name
+            await link.close()
+        assert cell.link.connected
+
+    run(lambda: watched(tmp_path, test))
+
+
+def test_a_vehicle_that_has_connected_anew_is_not_gone_when_its_old_connection_ends(tmp_path: Path) -> None:
+    async def test(cell: Cell, gone: asyncio.Queue[str]) -> None:
+        credentials = cell.enrol("v1")
+        old = await VehicleLink.connect(credentials, lambda data: None, lambda up: None)
+        new = await VehicleLink.connect(credentials, lambda data: None, lambda up: None)
+        await old.close()
+        other = await vehicle(cell, "v2", asyncio.Queue())
+        await other.close()
+        async with asyncio.timeout(WAIT_S):
+            assert await gone.get() == "v2", "the end of the old connection came before, and said nothing"
+        await new.close()
+        async with asyncio.timeout(WAIT_S):
+            assert await gone.get() == "v1"
+
+    run(lambda: watched(tmp_path, test))
+
+
+def test_after_the_server_was_away_whoever_leaves_is_told_again(tmp_path: Path) -> None:
+    async def test(cell: Cell, gone: asyncio.Queue[str]) -> None:
+        assert cell.link._watch is not None
+        link = await vehicle(cell, "v1", asyncio.Queue())
+        presence = cell.link._watch._presence
+        while "v1" not in presence._connections:
+            await cell.link._watch._connection.client.flush()
+        offend(cell.link._watch._connection.client)  # it hears nothing for a while
+        await watching(cell.link, up=False)
+        await watching(cell.link)
+        assert len(presence) == 0, "what is not known any more is no reason to take a vehicle for present"
+        await link.close()
+        async with asyncio.timeout(WAIT_S):
+            assert await gone.get() == "v1"
+
+    run(lambda: watched(tmp_path, test))
+
+
+def test_the_user_that_hears_who_leaves_may_do_nothing_else(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            problems: asyncio.Queue[str] = asyncio.Queue()
+            client = await open_client(
+                [cell.nats.url], name="x", jwt=cell.identity.watch_jwt(), seed=cell.identity.user_seed,
+                inbox="_INBOX.w", on_link=lambda up: None,
+            )  # fmt: skip
+
+            async def failed(error: Exception) -> None:
+                problems.put_nowait(str(error))
+
+            client._error_cb = failed
+            for subject in ("$SYS.REQ.SERVER.PING", "$SYS.REQ.CLAIMS.UPDATE", "mp.v1.down.v1"):
+                await client.publish(subject, b"")
+                async with asyncio.timeout(WAIT_S):
+                    assert "permissions violation" in (await problems.get()).lower()
+            for subject in ("$SYS.>", "$SYS.ACCOUNT.*.DISCONNECT", "mp.>"):
+                await client.subscribe(subject)
+                async with asyncio.timeout(WAIT_S):
+                    assert "permissions violation" in (await problems.get()).lower()
+            await client.close()
+
+    run(test)
+
+
+def test_a_server_without_that_user_serves_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bus, "CONNECT_TIMEOUT_S", 0.2)
+
+    async def test() -> None:
+        async with cell_in(tmp_path) as cell:
+            monkeypatch.setattr(CellIdentity, "watch_jwt", CellIdentity.generate(0).watch_jwt)
+            await cell.link.listen(lambda v, d: cell.state.put_nowait((v, d)), lambda v, d: None, lambda v: None)
+            watch = cell.link._watch
+            assert watch is not None
+            assert watch._starting is not None
+            link = await vehicle(cell, "v1", asyncio.Queue())
+            link.publish_state(b"state")
+            async with asyncio.timeout(WAIT_S):
+                assert await cell.state.get() == ("v1", b"state")
+            assert not cell.link.watching
+            await link.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff", b'{"client":{"id":1,"jwt":"a.b.c"},"server":{"id":"s"}}'])
+def test_a_notice_that_is_none_changes_nothing(data: bytes) -> None:
+    presence = Presence()
+    presence.came(data)
+    assert presence.went(data) is None
+    assert len(presence) == 0

@@ -70,7 +70,8 @@ def test_a_stream_goes_on_where_its_vehicle_left_it(tmp_path: Path, how: str) ->
             cost = usage.prompt_tokens + 2 * TOKENS
             assert money.pop("platform") == cost
             assert set(money) == {"owner:v1", "owner:v2"}
-            assert sum(money.values()) == cost * 7 // 10
+            assert abs(sum(money.values()) - cost * 7 / 10) < len(money), "less than a millionth each"
+            world.check_ledger()
             assert not world.cell.desk._calls
 
     run(test())
@@ -187,8 +188,9 @@ def test_a_client_that_leaves_in_the_middle_pays_for_what_it_got_and_no_more(tmp
             await waiting
             await items.aclose()  # type: ignore[attr-defined]
             await world.until(lambda: paid(world, whole))
-            assert paid(world, whole) == {"platform": 5, "owner:v1": 3}
+            assert paid(world, whole) == {"platform": 5, "owner:v1": 4}, "2.8 and 3.5 are 6 and a rest"
             assert paid(world, nothing) == {}
+            world.check_ledger()
 
     run(test())
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 import uvicorn
@@ -18,8 +19,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from motorpool.cli import batch as command
 from motorpool.cli import batchrun, documents, main
 from motorpool.errors import CallerError, SetupError
+from motorpool.server.openai import batches
 
 
 class BatchServer:
@@ -33,6 +36,7 @@ class BatchServer:
         self.spoil: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda lines: lines
         self.on_poll: Callable[[], None] = lambda: None
         self.create_fails = False
+        self.knows_terms = True
         self.url = ""
         self.app = Starlette(
             routes=[
@@ -76,6 +80,10 @@ class BatchServer:
             "request_counts": {"total": total, "completed": 0, "failed": 0},
             "left": self.polls,
         }
+        if self.knows_terms:
+            nothing = {"regions": None, "min_trust": 0, "priority": "standard", "quote": None, "vehicles": 1}
+            self.batches[batch_id]["motorpool"] = nothing | body.get("motorpool", {})
+        self.asked = body
         if self.create_fails:
             return failure(400, "the answer is lost")
         return JSONResponse(self.batches[batch_id])
@@ -343,14 +351,15 @@ def test_a_batch_that_no_vehicle_may_run_says_so(
     server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def nobody() -> None:
-        server.batches["batch_0"] |= {"motorpool": {"vehicles": 0}, "model": "m"}
+        server.batches["batch_0"]["motorpool"]["vehicles"] = 0
+        server.batches["batch_0"]["model"] = "m"
 
     server.polls, server.on_poll = 2, nobody
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr("motorpool.cli.batch.PLAIN_EVERY_S", 0.0)
-        assert run_batch(server, folder, tmp_path / "out.jsonl") == 0
-    assert "waiting: no vehicle may run m now" in capsys.readouterr().err
+        assert run_batch(server, folder, tmp_path / "out.jsonl", "--region", "DE") == 0
+    assert "waiting: no vehicle may run m now (only in DE)" in capsys.readouterr().err
 
 
 def test_counts_for_programs(
@@ -360,6 +369,119 @@ def test_counts_for_programs(
     counts = json.loads(capsys.readouterr().out)["counts"]
     assert counts["handed_in"] == counts["completed"] == 2
     assert counts["completion_tokens"] == 4
+
+
+TERMS = ("--region", "DE", "--region", "FR", "--region", "DE", "--min-trust", "2", "--flex")
+
+
+def test_where_and_how_it_may_run_goes_with_the_batch_and_is_told(
+    server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_batch(server, folder, tmp_path / "out.jsonl", *TERMS, "--json") == 0
+    assert server.asked["motorpool"] == {"regions": ["DE", "FR"], "min_trust": 2, "priority": "flex"}
+    told = capsys.readouterr()
+    assert "only in DE, FR, on vehicles of trust 2 or more, when there is room (flex)" in told.err
+    terms = json.loads(told.out)["terms"]
+    assert terms == {"regions": ["DE", "FR"], "min_trust": 2, "priority": "flex", "quote": None}
+
+
+def test_without_terms_nothing_is_sent_that_openai_does_not_know(
+    server: BatchServer, folder: Path, tmp_path: Path
+) -> None:
+    server.knows_terms = False
+    assert run_batch(server, folder, tmp_path / "out.jsonl") == 0
+    assert "motorpool" not in server.asked
+
+
+@pytest.mark.parametrize("polls", [1, 10**9])
+def test_a_server_that_does_not_take_the_terms_gets_no_document_to_run(
+    server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], polls: int
+) -> None:
+    server.knows_terms, server.polls = False, polls
+    out = tmp_path / "out.jsonl"
+    assert run_batch(server, folder, out, "--region", "DE") == 1
+    assert "does not know --region, --min-trust and --flex: batch batch_0 was cancelled" in capsys.readouterr().err
+    assert server.batches["batch_0"]["status"] == "cancelling"
+    assert not batchrun.state_path(out).exists()
+
+
+def test_terms_that_only_half_of_were_taken_are_not_taken(server: BatchServer, folder: Path, tmp_path: Path) -> None:
+    (folder / "a.txt").write_text("x")
+    raw = server.create
+
+    async def create(request: Request) -> Response:
+        answered = await raw(request)
+        server.batches["batch_0"]["motorpool"]["regions"] = ["DE"]
+        return JSONResponse(server.batches["batch_0"]) if answered.status_code == 200 else answered
+
+    server.app.router.routes[2] = Route("/v1/batches", create, methods=["POST"])
+    assert run_batch(server, folder, tmp_path / "out.jsonl", "--region", "FR") == 1
+    assert server.batches["batch_0"]["status"] == "cancelling"
+
+
+@pytest.mark.parametrize("other", [(), ("--region", "FR"), ("--region", "DE", "--flex"), ("--min-trust", "1")])
+def test_another_residency_is_no_way_back_to_a_batch(
+    server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run_batch(server, folder, out, "--region", "DE") == 0
+    assert run_batch(server, folder, out, *other) == 1
+    assert "belongs to a run with another --region, --min-trust or --flex" in capsys.readouterr().err
+    assert run_batch(server, folder, out, "--region", "DE") == 0
+    assert len(server.batches) == 1
+
+
+def test_a_state_that_an_earlier_version_wrote_asks_for_nothing(
+    server: BatchServer, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run_batch(server, folder, out) == 0
+    path = batchrun.state_path(out)
+    fields = json.loads(path.read_bytes())
+    del fields["terms"]
+    path.write_text(json.dumps(fields))
+    assert run_batch(server, folder, out) == 0
+    assert run_batch(server, folder, out, "--region", "DE") == 1
+    assert len(server.batches) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--region", "DE,FR"), "'DE,FR' is no region"),
+        (("--region", ""), "'' is no region"),
+        (("--region", "x" * 33), "is no region: 1 to 32"),
+        (("--region", "Zürich"), "is no region"),
+        (tuple(part for number in range(33) for part in ("--region", f"R{number}")), "at most 32 regions"),
+        (("--min-trust", "4"), "4 is not in the range 0<=x<=3"),
+    ],
+)
+def test_terms_that_cannot_be_are_usage_errors(
+    server: BatchServer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...], message: str,
+) -> None:  # fmt: skip
+    assert run_batch(server, folder, tmp_path / "out.jsonl", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not server.batches
+
+
+def test_the_command_and_the_api_take_the_same_terms() -> None:
+    assert (command.MAX_REGIONS, command.MAX_REGION_CHARS, command.MAX_TRUST) == (
+        batches.MAX_REGIONS,
+        batches.MAX_REGION_CHARS,
+        batches.MAX_TRUST,
+    )
+    for region in ("DE", "de-by", "x" * 32, "x" * 33, "", "-", "a b", "a,b", "ü", "a\n", "0.1_2"):
+        asked = msgspec.json.encode({"regions": [region]})
+        try:
+            msgspec.json.decode(asked, type=batches.BatchWishes)
+        except msgspec.ValidationError:
+            taken = False
+        else:
+            taken = True
+        assert taken == (bool(command._REGION.fullmatch(region)) and len(region) <= command.MAX_REGION_CHARS), region
+    wishes = batches.BatchWishes.__struct_fields__
+    assert batchrun.Terms.__struct_fields__ == wishes
 
 
 def test_answers_with_a_schema_are_parsed(server: BatchServer, folder: Path, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ import psutil
 import pytest
 from openai import AsyncOpenAI
 from openai.types import Batch
+from openai.types.responses import Response
 
 from motorpool.cli import supervise
 from motorpool.cli.dev import CONTROL, MESSAGES, DevCluster, DevConfig
+from motorpool.core.pricing import ATTO_PER_MICRO
 
 RUNS = int(os.environ.get("MOTORPOOL_CRASH_RUNS", "32"))
 LINES = 160
@@ -126,22 +128,31 @@ async def one_run(cluster: DevCluster, client: AsyncOpenAI, seed: int, expected:
 
 
 def overpaid_micro(database: Path, batch_id: str) -> int:
-    """How far the transfers of a batch are from what its lines cost and earn."""
+    """How far the transfers of a batch are from what its lines cost, and those of all owners from what they earned."""
     db = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
-    row = db.execute("SELECT batch_no, cost_micro FROM batch WHERE batch_id = ?", (batch_id,)).fetchone()
-    number, cost = int(row[0]), int(row[1])
-    low, high = number << 32, (number + 1) << 32
-    costs = [
-        int(each[0])
-        for each in db.execute("SELECT cost_micro FROM result WHERE line_key >= ? AND line_key < ?", (low, high))
-    ]
-    moved = dict(
-        db.execute("SELECT kind, sum(amount_micro) FROM transfer WHERE reference = ? GROUP BY kind", (batch_id,))
-    )
+    db.execute("BEGIN")  # one moment for all that follows
+    row = db.execute(
+        "SELECT batch_no, cost_micro, input_micro, output_micro FROM batch WHERE batch_id = ?", (batch_id,)
+    ).fetchone()
+    number, cost, price, output = (int(each) for each in row)
+    key = "line_key >= ? AND line_key < ?"
+    lines, costs, prompt, completion = db.execute(
+        f"SELECT count(*), sum(cost_micro), sum(prompt_tokens), sum(completion_tokens) FROM result WHERE {key}",
+        (number << 32, (number + 1) << 32),
+    ).fetchone()
+    charged = db.execute(
+        "SELECT sum(amount_micro) FROM transfer WHERE reference = ? AND kind = 'usage'", (batch_id,)
+    ).fetchone()[0]
+    # All batches so far have this price, and each has ended: owners have their part of them, or are owed a rest of it.
+    worked = db.execute("SELECT sum(prompt_tokens) * ? + sum(completion_tokens) * ? FROM result", (price, output))
+    owed = int(worked.fetchone()[0]) * ATTO_PER_MICRO // 1_000_000 * 7 // 10
+    earned = db.execute("SELECT sum(amount_micro) FROM transfer WHERE kind = 'earning'").fetchone()[0]
+    rests = db.execute("SELECT coalesce(sum(atto), 0) FROM rest WHERE name LIKE 'owner:%'").fetchone()[0]
     db.close()
-    assert len(costs) == LINES
-    assert cost == sum(costs)
-    return abs(int(moved["usage"]) - cost) + abs(int(moved["earning"]) - sum(each * 7000 // 10_000 for each in costs))
+    assert lines == LINES
+    assert cost == costs == (prompt * price + completion * output) // 1_000_000
+    wrong = abs(int(earned) * ATTO_PER_MICRO + int(rests) - owed)
+    return abs(int(charged) - cost) + -(-wrong // ATTO_PER_MICRO)
 
 
 @pytest.mark.crash
@@ -177,3 +188,67 @@ def test_no_line_is_lost_doubled_or_paid_twice_whatever_dies(
         if outcome.lost or outcome.doubled or outcome.changed or outcome.paid_twice_micro
     ]
     assert not bad
+
+
+def bill_of(database: Path, response_id: str) -> dict[str, int]:
+    """What was charged and earned for one response."""
+    db = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    rows = db.execute("SELECT credit, amount_micro FROM transfer WHERE reference = ?", (response_id,)).fetchall()
+    db.close()
+    assert len({credit for credit, _ in rows}) == len(rows), "one charge, and one payment to each"
+    return dict(rows)
+
+
+async def answered(client: AsyncOpenAI, response_id: str) -> Response:
+    """The response at its end, as ``finished``."""
+    while True:
+        found = await client.responses.retrieve(response_id)
+        if found.status not in {"queued", "in_progress"}:
+            return found
+        await asyncio.sleep(0.1)
+
+
+async def has_told(client: AsyncOpenAI, response_id: str, words: int) -> None:
+    """So many words of a response are in the books; the control plane may be away for a while."""
+    seen = 0
+    async for event in await client.responses.retrieve(response_id, stream=True):
+        seen += event.type == "response.output_text.delta"
+        if seen >= words:
+            return
+
+
+@pytest.mark.crash
+def test_a_background_response_is_paid_once_whatever_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "RESTART_MAX_S", 0.5)
+
+    async def test() -> None:
+        config = DevConfig(data=tmp_path, vehicles=2, model="null", null_rate=20.0)
+        cluster = DevCluster(config, lambda text: None)
+        try:
+            running = await cluster.start()
+            database = Path(running.data) / "motorpool.db"
+            async with AsyncOpenAI(base_url=running.base_url, api_key=running.api_key, max_retries=12) as client:
+                bills = []
+                for kills in ((), (CONTROL,), (CONTROL, CONTROL, DevCluster.vehicle_id(1))):
+                    made = await client.responses.create(
+                        model="null", input="tell me", background=True, max_output_tokens=60
+                    )
+                    for number, name in enumerate(kills, start=1):
+                        await has_told(client, made.id, 12 * number)
+                        os.kill(cluster.pids()[name], signal.SIGKILL)
+                    async with asyncio.timeout(RUN_LIMIT_S):
+                        found = await answered(client, made.id)
+                    assert found.usage is not None
+                    assert (len(found.output), len(found.output_text.split())) == (1, 60)
+                    bills.append((found.usage.input_tokens, found.usage.output_tokens, bill_of(database, made.id)))
+            for read, written, bill in bills:
+                assert (read, written) == bills[0][:2]
+                # A customer's rest is carried from one to the next: a millionth is all that they may differ by.
+                exact = (read * 30_000 + written * 60_000) / 1e6
+                assert abs(bill["platform"] - exact) < 1
+                owners = [amount for name, amount in bill.items() if name.startswith("owner:")]
+                assert abs(sum(owners) - 0.7 * exact) < len(owners) + 1
+        finally:
+            await cluster.stop()
+
+    asyncio.run(test())

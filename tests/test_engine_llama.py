@@ -18,7 +18,7 @@ from motorpool.agent.runtime.engine import Cancelled, Died, Finished, Progressed
 from motorpool.agent.runtime.llama_chunks import CHUNK, Chunk, TokenCount
 from motorpool.agent.runtime.llama_grammar import Grammars
 from motorpool.types import Kind
-from motorpool.wire import Checkpoint
+from motorpool.wire import Checkpoint, CheckpointChoice
 
 pytestmark = pytest.mark.llama
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -356,10 +356,11 @@ def test_tools_are_not_silently_dropped(model_file: Path) -> None:
     trial(model_file, test)
 
 
-def test_several_choices_start_again_and_are_all_there(model_file: Path) -> None:
+def test_a_checkpoint_of_more_choices_than_were_asked_for_is_of_no_use_and_all_are_there(model_file: Path) -> None:
     async def test(t: Trial) -> None:
         body = chat("Tell me a joke.", max_tokens=6, n=3, seed=7, temperature=1)
-        answer = await t.ask(body, checkpoint=Checkpoint(text="nonsense", tokens=3))
+        wrong = Checkpoint(text="", tokens=12, choices=[CheckpointChoice(text="nonsense", tokens=3)] * 4)
+        answer = await t.ask(body, checkpoint=wrong)
         texts = [choice["message"]["content"] for choice in answer["choices"]]
         assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
         assert not any(text.startswith("nonsense") for text in texts)

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion
 from tests.engine_trial import Trial, chat, work
 
 from motorpool.agent.runtime import Backend, EngineSpec, build_engine
-from motorpool.agent.runtime.answer import merge_tool_call
+from motorpool.agent.runtime.calls import Calls
 from motorpool.agent.runtime.engine import Cancelled, Finished, Progressed, Work
 from motorpool.types import Kind
 from motorpool.wire import Checkpoint
@@ -365,14 +365,34 @@ def test_many_small_requests_all_come_back(hosted: bool) -> None:
 
 
 def test_streamed_tool_calls_are_put_together() -> None:
-    calls: dict[int, dict[str, Any]] = {}
+    calls = Calls()
     for part in (
         {"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather", "arguments": ""}},
         {"index": 0, "function": {"arguments": '{"city":'}},
         {"index": 1, "id": "call_2", "function": {"name": "time", "arguments": "{}"}},
         {"index": 0, "function": {"arguments": ' "Oslo"}'}},
     ):
-        merge_tool_call(calls, part)
+        calls.feed([part])
     first = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
-    assert calls[0] == first
-    assert calls[1]["function"] == {"name": "time", "arguments": "{}"}
+    second = {"id": "call_2", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+    assert calls.whole() == [first, second]
+
+
+def test_a_tool_is_called_when_the_request_insists_on_it() -> None:
+    async def test(t: Trial) -> None:
+        schema = {"type": "object", "properties": {"city": {"const": "Oslo"}}, "required": ["city"]}
+        tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("time", "weather")]
+        named = {"type": "function", "function": {"name": "weather"}}
+        for choice, name in (("required", "time"), (named, "weather")):
+            body = chat("go", tools=tools, tool_choice=choice)
+            (found,) = (await t.ask(body, key=name))["choices"]
+            (call,) = found["message"]["tool_calls"]
+            assert found["finish_reason"] == "tool_calls"
+            assert (found["message"]["content"], call["function"]["name"]) == (None, name)
+            assert json.loads(call["function"]["arguments"]) == {"city": "Oslo"}
+        words = await t.ask(chat("go", tools=tools, tool_choice="auto", max_tokens=3), key="auto")
+        assert "tool_calls" not in words["choices"][0]["message"]
+        wrong = await t.ask(chat("go", tools=tools, tool_choice={"function": {"name": "x"}}), key="wrong")
+        assert wrong["error"]["param"] == "tool_choice"
+
+    trial(test)

@@ -161,6 +161,26 @@ def test_an_engine_whose_watcher_is_gone_still_looks_itself() -> None:
         gone(agent)
 
 
+def test_an_engine_that_ends_itself_in_silence_leaves_nothing_of_it_in_memory() -> None:
+    """The engine and its watcher both look: whoever is first, its folder is gone before its agent goes on."""
+    agent, engine = parent("runs")
+    try:
+        watcher = watcher_of(engine)
+        (folder,) = [
+            Path(os.fsdecode(entry.partition(b"=")[2]))
+            for entry in Path(f"/proc/{engine}/environ").read_bytes().split(b"\0")
+            if entry.startswith(b"TMPDIR=")
+        ]
+        assert folder.is_dir()
+        os.kill(watcher, signal.SIGSTOP)  # so that the engine is first
+        ended_after_s(engine, lambda: agent.send_signal(signal.SIGSTOP))
+        os.kill(watcher, signal.SIGCONT)
+        select_gone(watcher)
+        assert not folder.exists()
+    finally:
+        gone(agent)
+
+
 @pytest.mark.parametrize("case", ["rests", "frozen"])
 def test_the_kernel_ends_a_stopped_engine_and_its_watcher_with_their_agent(case: str) -> None:
     agent, engine = parent(case)

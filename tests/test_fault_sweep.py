@@ -221,7 +221,9 @@ STEPS: Final[dict[Step, Callable[[Lane], Awaitable[str | None]]]] = {
 
 
 def set_clock(lane: Lane, by_s: float) -> None:
-    lane.ahead_s += by_s
+    """An agent follows its wall clock forward and not back: an hour ahead is one more than it ever was."""
+    lane.ahead_s = by_s + (lane.most_ahead_s if by_s > 0 else lane.ahead_s)
+    lane.most_ahead_s = max(lane.most_ahead_s, lane.ahead_s)
     lane.agent.tell(str(lane.ahead_s))
 
 

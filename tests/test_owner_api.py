@@ -537,6 +537,6 @@ def test_invariant_19_no_message_of_a_vehicle_has_a_field_for_a_place_or_a_trip(
         "engine", "lease_id", "job_id", "items", "line", "tokens", "checkpoint", "message_id", "media_type", "status",
         "body", "prompt_tokens", "completion_tokens", "cached_tokens", "carried_tokens", "reason", "started",
         "request_id", "attempt", "deltas", "usage", "index", "text", "token_ids", "logprobs", "finish_reason", "code",
-        "detail", "choices", "hold",
+        "detail", "choices", "hold", "memory_gb", "models_on_disk", "calls",
     }  # fmt: skip
     assert named == of_the_car | of_the_work

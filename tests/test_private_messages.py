@@ -68,6 +68,8 @@ ALLOWED: dict[str, dict[str, tuple[str, str]]] = {
         "battery_fed": ("bool", "how much it can do"),
         "stay_bound_ms": ("int | None", "how long it stays at least, rounded down to 5 minutes"),
         "risk_15min": ("float | None", "risk that it leaves soon, to 0.01"),
+        "memory_gb": ("int | None", "which models fit its computer"),
+        "models_on_disk": ("list[str] | None", "which models of the catalogue it can load"),
     },
     "Reason": {
         "code": ("ReasonCode", "one of a fixed list"),
@@ -132,6 +134,7 @@ ALLOWED: dict[str, dict[str, tuple[str, str]]] = {
         "token_ids": ("list[int]", "the same text"),
         "logprobs": ("bytes", "the same text"),
         "finish_reason": ("str | None", "why the answer ended"),
+        "calls": ("bytes", "tool calls: a customer's text, not the owner's"),
     },
     "Usage": TOKENS | ENERGY,
     "Answered": VERSION

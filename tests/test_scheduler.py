@@ -17,7 +17,7 @@ from motorpool.core.carbon import DEFAULT_G_KWH
 from motorpool.core.granting import BACKOFF_MS
 from motorpool.core.jobs import DONE
 from motorpool.core.ledger import Transfer
-from motorpool.core.pricing import Price, cost_micro, extend, split, trim
+from motorpool.core.pricing import ATTO_PER_MICRO, Price, cost_atto, extend, split_atto, trim
 from motorpool.core.scheduler import Scheduler
 from motorpool.types import Kind, Reason, ReasonCode, ReturnReason, VehicleState
 from motorpool.wire import State
@@ -180,9 +180,10 @@ def test_a_departure_moves_the_lines_with_their_tokens_and_pays_both_owners() ->
     assert counts["v2"].tokens_generated == 2
     assert counts["v2"].tokens_taken_over == 3
     assert counts["v1"].tokens_handed_on == 3
-    pay = {t.credit: t.amount_micro for t in of(commands, ev.PostTransfers)[0].transfers}
-    # Cost 10 + 10 = 20, owners get 14: v1 did 3 of 5 output tokens (6 of 20 in value), the rest is v2's.
-    assert pay == {"platform": 20, "owner:v1": 4, "owner:v2": 10}
+    (post,) = of(commands, ev.PostTransfers)
+    # Cost 10 + 10 = 20, owners get 14: v1 did 3 of 5 output tokens (6 of 20 in value: 4.2), v2 the rest (9.8).
+    assert {t.credit: t.amount_micro for t in post.transfers} == {"platform": 20, "owner:v1": 4, "owner:v2": 9}
+    assert post.rests == {"owner:v1": 2 * ATTO_PER_MICRO // 10, "owner:v2": 8 * ATTO_PER_MICRO // 10}
     assert of(commands, ev.SaveJobCounts)[0].carried_tokens == 3
 
 
@@ -275,7 +276,7 @@ def test_a_line_that_kills_engines_ends_in_a_named_error() -> None:
     scheduler = Scheduler()
     scheduler.handle(started(1), 0)
     commands = scheduler.handle(report("v1", 1), 0)
-    now = 1
+    now = 1_000  # waits end at whole seconds
     for turn in range(1, sch.MAX_STRIKES + 1):
         lease = grants(commands)[0]
         commands = scheduler.handle(returned("v1", lease.lease_id, [0], reason=ReturnReason.ENGINE_DIED), now)
@@ -323,14 +324,15 @@ def test_a_live_request_goes_to_the_least_loaded_vehicle_that_was_not_tried() ->
     ("prompt", "completion", "expected"), [(0, 0, 0), (1, 0, 1), (10, 5, 20), (1_000_000, 0, 10**6)]
 )
 def test_cost(prompt: int, completion: int, expected: int) -> None:
-    assert cost_micro(PRICE, prompt, completion) == expected
+    assert cost_atto(PRICE, prompt, completion) == expected * ATTO_PER_MICRO
 
 
 def test_shares_are_trimmed_and_extended_in_order() -> None:
     assert trim([("a", 3), ("b", 4)], 5) == [("a", 3), ("b", 2)]
     assert extend([("a", 3)], "a", 2) == [("a", 5)]
     assert extend([("a", 3)], "b", 2) == [("a", 3), ("b", 2)]
-    assert sum(split(PRICE, 101, 7, "b", [("a", 3), ("b", 4)]).values()) == 70
+    owed = split_atto(PRICE, 7, "b", [("a", 3), ("b", 4)])
+    assert owed == {"a": 6 * ATTO_PER_MICRO * 7 // 10, "b": 15 * ATTO_PER_MICRO * 7 // 10}
 
 
 class World(RuleBasedStateMachine):
@@ -346,6 +348,7 @@ class World(RuleBasedStateMachine):
         self.accepted: dict[int, int] = {}
         self.paid = 0
         self.charged = 0
+        self.rests: dict[str, int] = {}
         self.leases: dict[str, ev.SaveLease] = {}
         self.old: list[ev.SaveLease] = []
         self.granted: dict[int, set[str]] = {}
@@ -377,6 +380,7 @@ class World(RuleBasedStateMachine):
             elif isinstance(command, ev.PostTransfers):
                 self.charged += sum(t.amount_micro for t in command.transfers if t.kind == "usage")
                 self.paid += sum(t.amount_micro for t in command.transfers if t.kind != "usage")
+                self.rests |= command.rests
             elif isinstance(command, ev.AssembleFiles):
                 assert not self.ended
                 self.ended = True
@@ -467,6 +471,7 @@ class World(RuleBasedStateMachine):
             started(self.LINES, expires_ms=10**12), done=done, carried=job.carried,
             checkpoint_bytes=job.checkpoint_bytes, held=dict(self.held), cancelling_ms=None,
         )  # fmt: skip
+        self.scheduler.rests.restore(self.rests.items())
         for lease in self.leases.values():
             self.scheduler.restore_lease(lease)
         self.take(self.scheduler.resume(self.now, settled_ms=0), None)
@@ -475,7 +480,9 @@ class World(RuleBasedStateMachine):
     def the_books_are_true(self) -> None:
         self.scheduler.validate()
         assert all(count == 1 for count in self.accepted.values()), "a line counts once"
-        assert self.paid * 10 <= self.charged * 7, "owners get their part and no more"
+        owed = sum(atto for name, atto in self.rests.items() if name.startswith("owner:"))
+        cost = self.charged * ATTO_PER_MICRO + self.rests.get("job:batch_1", 0)
+        assert (self.paid * ATTO_PER_MICRO + owed) * 10 == cost * 7, "owners get their part, to the last bit"
         assert self.ended == (len(self.accepted) == self.LINES), "a job ends when its last line has"
         if not self.ended:
             job = self.scheduler.jobs[1]

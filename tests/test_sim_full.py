@@ -9,13 +9,18 @@ from typing import Any, Final
 
 import msgspec
 import pytest
+from bench import cell_full
 from click.testing import CliRunner
 
 from motorpool.agent.runtime.engine import Died, EngineEvent, Finished, Progressed, Ready
 from motorpool.bus import DUPLICATE_WINDOW_S, REDELIVER_AFTER_S
 from motorpool.cli.sim_faults import run_command
-from motorpool.core.vehicle_events import Attempt
+from motorpool.core.scheduler import Scheduler
+from motorpool.core.vehicle import VehicleMachine
+from motorpool.core.vehicle_events import Attempt, Command, Event, PublishWork
 from motorpool.sim import generator
+from motorpool.sim.full import vehicle as parts
+from motorpool.sim.full.checks import InvariantError
 from motorpool.sim.full.clock import Clock, Draws, Trace
 from motorpool.sim.full.engine import EngineSpec, SimEngine
 from motorpool.sim.full.network import Network, StreamMessage, Weather
@@ -87,7 +92,7 @@ class Wire:
         ends.to_vehicle = lambda _, data: self.at_vehicle.append(data)
         ends.to_cell = lambda _, data: self.at_cell.append(data)
         ends.work_to_cell = self.work.append
-        ends.confirmed = lambda _, message_id: self.confirmed.append(message_id)
+        ends.confirmed = lambda _, message_ids: self.confirmed.extend(message_ids)
         ends.link = lambda _, up: self.links.append(up)
         self.network.connect("v1")
         self.clock.run(1_000)
@@ -314,3 +319,144 @@ def test_the_command_prints_a_table_and_json() -> None:
     found = msgspec.json.decode(as_json.stdout)
     assert found["vehicles"] == 2
     assert found["trace"] in shown.stdout
+
+
+# -- what makes a long world quick, and changes nothing in it ----------------------------------------------------------
+
+
+def test_where_every_message_takes_the_same_time_confirmations_of_a_moment_arrive_together() -> None:
+    wire = Wire(Weather(quick_ms=(5, 5)))
+    heard: list[list[str]] = []
+    wire.network.ends.confirmed = lambda _, message_ids: heard.append(message_ids)
+    for name in ("a", "b"):
+        wire.network.publish("v1", name, b"1")
+    wire.clock.run(2_000)
+    wire.network.publish("v1", "c", b"1")
+    wire.clock.run(3_000)
+    assert heard == [["a", "b"], ["c"]]
+    wire.network.cut("v1")
+    wire.network.publish("v1", "d", b"1")
+    wire.network.down("v1", b"lost")
+    wire.clock.run(9_000)
+    assert len(heard) == 2
+    assert wire.at_vehicle == []
+
+
+def test_the_server_knows_who_has_a_link() -> None:
+    wire = Wire()
+    told: list[tuple[str, bool]] = []
+    wire.network.ends.linked = lambda name, up: told.append((name, up))
+    wire.network.leave("v1")
+    wire.network.leave("v1")
+    wire.network.connect("v1")
+    wire.clock.run(3_000)
+    wire.network.cut("v1")
+    wire.clock.run(9_000)
+    assert told == [("v1", False), ("v1", True), ("v1", False)]
+
+
+def test_a_terse_engine_tells_when_a_slot_is_free_and_before_anything_stops_it() -> None:
+    bench = Bench(terse=True, report_ms=60_000)
+    bench.clock.run(1_000)
+    bench.submit(*(Line(1, number, 0, 10) for number in range(4)))  # a second each, two at a time
+    bench.clock.run(2_500)
+    assert bench.of(Finished) == []
+    bench.clock.run(3_000)
+    assert [event.key for event in bench.of(Finished)] == ["k0", "k1", "k2", "k3"]
+    bench.submit(Line(1, 4, 0, 100), Line(1, 5, 0, 5), Line(1, 6, 0, 100))
+    bench.clock.run(3_400)
+    bench.engine.tell()
+    assert len(bench.of(Finished)) == 4, "nothing is new"
+    bench.clock.run(3_600)
+    bench.engine.tell()
+    assert [event.key for event in bench.of(Finished)[4:]] == ["k5"]
+    bench.engine.freeze()
+    bench.clock.run(200_000)
+    assert len(bench.of(Finished)) == 5
+
+
+class WatchesTheHungry(Scheduler):
+    """Whoever is left out when all are filled would have got nothing."""
+
+    left_out = 0
+
+    def _hungry(self, now_ms: int) -> list[int]:
+        found = super()._hungry(now_ms)
+        for v in set(self.cell.ids) - set(found):
+            if self.cell.k.why_not(self.cell.t, v, now_ms) == 0:
+                assert int(self.cell.k.pull(self.cell.t, v, now_ms, self.cell.out)) == -1
+                type(self).left_out += 1
+        return found
+
+
+def test_nobody_is_left_out_who_would_get_lines(people: People) -> None:
+    world = WeekWorld(SMALL, people, new_scheduler=WatchesTheHungry)
+    week = world.live()
+    assert week.done > 50
+    assert WatchesTheHungry.left_out > 50
+
+
+def test_a_vehicle_with_a_link_is_heard_without_a_word_and_one_that_sleeps_falls_silent(people: People) -> None:
+    world = WeekWorld(SMALL, people)
+    reports: list[int] = []
+    hear = world.cell.on_state
+
+    def heard(name: str, data: bytes) -> None:
+        reports.append(world.clock.now_ms)
+        hear(name, data)
+
+    world.network.ends.to_cell = heard
+    offline: list[bool] = []
+
+    def look() -> None:
+        for name, vehicle in world.vehicles.items():
+            known = world.cell.scheduler.vehicles.get(name)
+            if known is not None and known.state is not None:
+                offline.append(known.offline)
+                awake = vehicle.alive and world.network.connected(name)
+                assert not (awake and known.offline), "it has a link"
+        world.clock.after(60_000, look)
+
+    world.clock.after(3_600_000, look)
+    world.live()
+    awake_min = offline.count(False)
+    assert awake_min > 100
+    assert len(reports) < awake_min, "less than one report a minute"
+    world.vehicles["v000000"].wake_up()
+    known = world.cell.scheduler.vehicles["v000000"]
+    world.clock.run(world.clock.now_ms + 60_000)
+    assert not known.offline
+    world.vehicles["v000000"].sleep()
+    world.clock.run(world.clock.now_ms + 60_000)
+    assert known.offline
+
+
+def test_jobs_that_have_ended_are_forgotten(people: People) -> None:
+    world = WeekWorld(msgspec.structs.replace(SMALL, job_lines=20, load=0.5), people)
+    week = world.live()
+    ended = sum(count for status, count in week.jobs.items() if status == "completed")
+    assert ended > 1
+    assert len(world.cell.jobs) < len(world.books.lines) == len(world.tally.ended_jobs) + len(world.cell.jobs)
+    assert len(world.tally._done) + ended * 20 <= week.done + 20
+    assert all(len(held) <= 8 for held in world.tally._held.values())
+
+
+def test_a_machine_that_says_things_twice_is_found_in_a_long_world(
+    people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Repeats(VehicleMachine):
+        def handle(self, event: Event, now_ms: int) -> list[Command]:
+            commands = super().handle(event, now_ms)
+            return commands + [each for each in commands if isinstance(each, PublishWork)]
+
+    monkeypatch.setattr(parts, "VehicleMachine", Repeats)
+    with pytest.raises(InvariantError, match="lines that it does not hold"):
+        WeekWorld(SMALL, people).live()
+
+
+def test_the_benchmark_counts_the_time_of_a_fleet(people: People) -> None:
+    found = cell_full.run(2, 0.1, people)
+    assert found["cpu_s"] > 0
+    assert found["lines"] > 0
+    assert found["plugged_h"] > 1
+    assert found["trace"] == cell_full.run(2, 0.1, people)["trace"]

@@ -12,7 +12,20 @@ from typing import Any
 
 import pytest
 from tests.cell_world import World, a_world, run
-from tests.stream_world import MULTI_BYTE, TOOL, Puppet, Told, live, official, pieces, puppets, told, until
+from tests.stream_world import (
+    CALLED,
+    MULTI_BYTE,
+    PLACE,
+    TOOL,
+    Puppet,
+    Told,
+    live,
+    official,
+    pieces,
+    puppets,
+    told,
+    until,
+)
 
 from motorpool import wire
 from motorpool.core import streams
@@ -26,6 +39,9 @@ SHAPES: dict[str, tuple[Kind, dict[str, Any]]] = {
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": MULTI_BYTE}}},
     ),
     "logprobs": (Kind.CHAT, {"max_tokens": 7, "logprobs": True, "top_logprobs": 2}),
+    "a tool call": (Kind.CHAT, CALLED),
+    "two choices with tool calls": (Kind.CHAT, CALLED | {"n": 2}),
+    "a tool call that is too long": (Kind.CHAT, CALLED | {"max_tokens": 4}),
     "two choices": (Kind.CHAT, {"max_tokens": 5, "n": 2}),
     "two choices with logprobs": (Kind.CHAT, {"max_tokens": 4, "n": 2, "logprobs": True}),
     "a completion of two prompts, twice each": (
@@ -215,7 +231,64 @@ def _shown(chunks: list[Any]) -> Any:
     return choices, (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
 
 
-def test_a_stream_with_tools_comes_once_and_whole_though_its_vehicle_left(tmp_path: Path) -> None:
+def test_the_official_client_is_given_the_fragments_of_a_call_as_they_come(tmp_path: Path) -> None:
+    """Place, id and name, then the text of the arguments: each part once, wherever the vehicle changes."""
+
+    async def test() -> None:
+        async with a_world(tmp_path) as world, puppets(world) as cars, official(world) as client:
+
+            async def ask() -> list[Any]:
+                asked: Any = {"messages": [{"role": "user", "content": "go on"}]} | CALLED
+                stream: Any = await client.chat.completions.create(
+                    model="null", stream=True, stream_options={"include_usage": True}, **asked
+                )
+                return [chunk async for chunk in stream]
+
+            whole = await ask()
+            head, *rest = _fragments(whole)
+            assert (head.index, head.type, head.function.name, head.function.arguments) == (0, "function", "find", "")
+            assert head.id.startswith("call_")
+            assert len(rest) > 5
+            assert all((each.index, each.id, each.function.name) == (0, None, None) for each in rest)
+            text = "".join(each.function.arguments for each in rest)
+            assert json.loads(text) == PLACE["enum"][0]
+            assert [c.finish_reason for chunk in whole for c in chunk.choices if c.finish_reason] == ["tool_calls"]
+            for cut in range(len(rest) + 1):
+                for car in cars:
+                    car.cut = cut
+                chunks = await ask()
+                first, *others = _fragments(chunks)
+                assert (first.id, first.function.name) == (head.id, "find")
+                assert "".join(each.function.arguments for each in others) == text, f"after {cut}"
+                assert all((each.id, each.function.name) == (None, None) for each in others)
+                assert chunks[-1].usage.completion_tokens == whole[-1].usage.completion_tokens == len(rest)
+
+    run(test())
+
+
+def _fragments(chunks: list[Any]) -> list[Any]:
+    return [each for chunk in chunks for choice in chunk.choices for each in choice.delta.tool_calls or []]
+
+
+def test_the_streaming_helper_of_the_official_client_puts_a_call_together_over_a_cut(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_world(tmp_path) as world, puppets(world) as cars, official(world) as client:
+            for car in cars:
+                car.cut = 3
+            asked: Any = {"messages": [{"role": "user", "content": "go on"}]} | CALLED
+            async with client.chat.completions.stream(model="null", **asked) as stream:
+                kinds = [event.type async for event in stream]
+                message = (await stream.get_final_completion()).choices[0].message
+            assert kinds.count("tool_calls.function.arguments.done") == 1
+            assert kinds.count("tool_calls.function.arguments.delta") > 5
+            assert message.content is None
+            assert message.tool_calls is not None
+            assert json.loads(message.tool_calls[0].function.arguments) == PLACE["enum"][0]
+
+    run(test())
+
+
+def test_a_whole_answer_with_tools_ends_a_stream_too(tmp_path: Path) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "park", "arguments": "{}"}}
     message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
     body = {
@@ -239,12 +312,8 @@ def test_a_stream_with_tools_comes_once_and_whole_though_its_vehicle_left(tmp_pa
             done, _ = await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
             opened = done.pop().result()
             leaving, staying, waiting = (hands[0], hands[1], second) if first.done() else (hands[1], hands[0], first)
-            checkpoint = wire.encode_checkpoint(wire.Checkpoint(text="I will", tokens=2, token_ids=[1, 2]))
-            leaving.say(
-                wire.Broken(request_id=opened.request_id, attempt=0, reason=ReturnReason.GUARD, checkpoint=checkpoint)
-            )
+            leaving.say(wire.Broken(request_id=opened.request_id, attempt=0, reason=ReturnReason.GUARD))
             again = await waiting
-            assert again.checkpoint == checkpoint
             usage = Usage(prompt_tokens=1, completion_tokens=2, carried_tokens=2)
             staying.say(
                 wire.Answered(
@@ -380,5 +449,62 @@ def test_a_vehicle_that_leaves_before_it_is_relieved_is_followed_by_the_one_that
             found = await asked
             assert found.text[0] == "".join(delta.text for delta in deltas)
             assert world.cell.scheduler.vehicles["v2"].live == 0
+
+    run(test())
+
+
+def test_a_hand_over_takes_no_longer_than_the_message_that_brings_it_about(tmp_path: Path) -> None:
+    """Events in, commands out: the next vehicle is told in the very turn in which the old one has given a token.
+
+    So the pause is one token's time and the way to the vehicle and back: it has read everything, and no clock is asked.
+    """
+
+    async def test() -> None:
+        async with a_world(tmp_path) as world:
+            first = await world.hand_played("v1")
+            request = live(max_tokens=6)
+            asked = asyncio.create_task(told(world, request))
+            opened = await first.next(wire.Open)
+            deltas, usage = pieces(Kind.CHAT, opened.body, None)
+            desk = world.cell.desk
+            sent: list[tuple[str, wire.Down]] = []
+            name = request.request_id
+
+            def says(vehicle_id: str, attempt: int, seq: int, *said: wire.Delta, bill: Usage | None = None) -> None:
+                message = wire.Tokens(
+                    request_id=name, attempt=attempt, seq=seq, deltas=list(said), usage=bill, engine="fp"
+                )
+                desk.on_message(vehicle_id, wire.encode(message))
+
+            for seq in range(3):
+                says("v1", 0, seq, deltas[seq])
+            await world.hand_played("v2")
+            first.report(risk_15min=0.9)
+            await world.until(lambda: desk.places.risk("v1") == 0.9)
+            world.cell.send = lambda vehicle_id, data: sent.append((vehicle_id, wire.decode(wire.DOWN, data)))  # type: ignore[method-assign]
+            desk.on_report("v1")
+            (call,) = desk._calls.values()
+            assert call.successor is not None
+            assert call.successor.vehicle_id == "v2"
+            sent.clear()
+            says("v1", 0, 3, deltas[3])
+            says("v2", 1, 0)
+            assert sent == [], "it has read all but one token, which is near enough"
+            says("v1", 0, 4, deltas[4])
+            (vehicle_id, going), (left, close) = sent
+            assert (vehicle_id, left) == ("v2", "v1")
+            assert isinstance(going, wire.Open)
+            assert isinstance(close, wire.Close)
+            assert (going.attempt, going.prepare, close.request_id) == (2, False, name)
+            assert going.checkpoint is not None
+            assert wire.decode_checkpoint(going.checkpoint).tokens == 5
+            says("v1", 0, 5, deltas[5])  # too late: nobody listens any more
+            rest, bill = pieces(Kind.CHAT, going.body, going.checkpoint)
+            says("v2", 2, 0, *rest)
+            says("v2", 2, 1, bill=bill)
+            found = await asked
+            assert found.text[0] == "".join(delta.text for delta in deltas)
+            assert bill.completion_tokens == usage.completion_tokens == 6
+            assert (desk.counts.handed_over, desk.counts.stalled, desk.counts.departed) == (1, 0, 0)
 
     run(test())

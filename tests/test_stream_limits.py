@@ -231,7 +231,7 @@ def test_silence_that_is_our_own_delay_is_excused_once(tmp_path: Path, monkeypat
             (leg,) = desk._legs.values()
             late_ms = desk._clock_ms() + 1_000_000
             monkeypatch.setattr(desk, "_clock_ms", lambda: late_ms)
-            leg.first_due_ms = 0
+            leg.due_ms = 0
             desk._alarms.set(leg.key, late_ms - 1_000)
             desk._ring(late_ms - 1_000)
             assert leg.excused

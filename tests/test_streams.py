@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -96,6 +97,38 @@ def test_what_was_seen_before_is_no_stall(values: list[float]) -> None:
     assert made.gap_deadline_ms(*KEY) >= min(int(2 * ordinary), streams.CEILING_MS)
 
 
+@given(samples, st.integers(1, 50))
+def test_a_pause_is_doubted_before_its_deadline_and_not_before_it_is_longer_than_most(
+    values: list[float], each: int
+) -> None:
+    made = paces(values[: max(1, len(values) // each)], values)
+    doubted_ms, deadline_ms = made.doubt_after_ms(*KEY), made.gap_deadline_ms(*KEY)
+    assert doubted_ms <= deadline_ms
+    if len(values) >= streams.KNOWN_AFTER:
+        assert doubted_ms >= min(streams.FLOOR_DOUBT_MS, deadline_ms)
+        ordinary = sorted(values)[int(len(values) * 0.99) - 1]
+        assert doubted_ms >= min(int(ordinary), deadline_ms)
+
+
+@pytest.mark.parametrize("gaps", [5, 60, 500])
+def test_few_streams_whose_vehicles_live_are_doubted_however_long_they_are(gaps: int) -> None:
+    """Pauses of an even spread: of each stream, the longest one is what counts."""
+    made = Paces()
+    dice = random.Random(gaps)
+
+    def stream() -> list[float]:
+        return [10 + dice.expovariate(0.4) for _ in range(gaps)]
+
+    for _ in range(4_000 // gaps):
+        made.first(*KEY, 100, 1, 20)
+        for gap_ms in stream():
+            made.gap(*KEY, gap_ms)
+    doubted_ms = made.doubt_after_ms(*KEY)
+    doubted = sum(max(stream()) > doubted_ms for _ in range(400))
+    assert doubted <= 400 * 0.12, "at most a few beyond the part that the budget pays for"
+    assert doubted_ms <= made.gap_deadline_ms(*KEY)
+
+
 def test_a_first_token_is_measured_by_the_length_of_its_prompt_and_by_those_before_it() -> None:
     made = Paces()
     for _ in range(streams.KNOWN_AFTER):
@@ -126,6 +159,21 @@ def test_hedges_are_never_more_than_their_part_of_the_requests(turns: list[bool]
         elif budget.spend():
             hedges += 1
         assert hedges * 100 <= requests * streams.HEDGE_PERCENT
+
+
+@given(st.lists(st.sampled_from(["request", "hedge", "gone"]), max_size=2_000))
+def test_what_turns_out_to_be_no_hedge_is_given_back_and_the_others_keep_to_their_part(turns: list[str]) -> None:
+    budget, requests, running, vain = HedgeBudget(), 0, 0, 0
+    for turn in turns:
+        if turn == "request":
+            budget.earn()
+            requests += 1
+        elif turn == "hedge" and budget.spend():
+            running, vain = running + 1, vain + 1
+        elif turn == "gone" and running:
+            budget.give_back()
+            running, vain = running - 1, vain - 1
+        assert vain * 100 <= requests * streams.HEDGE_PERCENT
 
 
 def test_in_an_outage_hedging_stops_and_quiet_times_save_up_a_bounded_number() -> None:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.server
 import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any, NamedTuple
 
 import openai
 from openai import AsyncOpenAI, OpenAI
+from openai.types import Batch
+from openai.types.responses import Response
 from pydantic import BaseModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +205,7 @@ def completion(at: Setting) -> None:
 @program("embeddings.create")
 def embeddings(at: Setting) -> None:
     """One text and several; the client asks for base64 and gives floats."""
-    one = at.client.embeddings.create(model=at.embedding_model, input="Your text string goes here")
+    one = at.client.embeddings.create(model=at.embedding_model, input="Your text string goes here", user="user-1")
     many = at.client.embeddings.create(model=at.embedding_model, input=["a", "b"], encoding_format="float")
     assert all(isinstance(number, float) for number in one.data[0].embedding)
     assert len(many.data) == 2
@@ -210,7 +214,7 @@ def embeddings(at: Setting) -> None:
 
 @program("responses.create, retrieve, input_items.list, delete")
 def responses(at: Setting) -> None:
-    """A response, and one that goes on with it."""
+    """A response, one that goes on with it, and its end."""
     first = at.client.responses.create(
         model=at.model, instructions="You are a coding assistant.", input="How do I sort a list?", max_output_tokens=32
     )
@@ -219,8 +223,46 @@ def responses(at: Setting) -> None:
         model=at.model, previous_response_id=first.id, input="And backwards?", max_output_tokens=32
     )
     assert at.client.responses.retrieve(second.id).previous_response_id == first.id
-    assert at.client.responses.input_items.list(second.id).data
+    said = [item for item in at.client.responses.input_items.list(second.id, order="asc") if item.type == "message"]
+    assert [item.role for item in said] == ["user", "assistant", "user"]
     at.client.responses.delete(second.id)
+    with _raises(openai.NotFoundError):
+        at.client.responses.retrieve(second.id)
+
+
+@program("responses.parse")
+def responses_structured(at: Setting) -> None:
+    """A response that is an instance of a model."""
+    done = at.client.responses.parse(
+        model=at.model, input="solve 8x + 31 = 2", text_format=Solution, max_output_tokens=200
+    )
+    assert isinstance(done.output_parsed, Solution)
+
+
+@program("responses.create(tools=...)")
+def responses_functions(at: Setting) -> None:
+    """A function that the model may call, a tool that OpenAI runs beside it, and the output of a call."""
+    tool: Any = {
+        "type": "function",
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+        "strict": True,
+    }
+    turns: Any = [
+        {"role": "user", "content": "Is it raining in Ulm?"},
+        {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"town":"Ulm"}'},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+    ]
+    try:
+        done = at.client.responses.create(
+            model=at.model, input=turns, tools=[tool, {"type": "web_search"}], max_output_tokens=32
+        )
+    except openai.BadRequestError as error:  # a model without a template for tools says so by name
+        if error.param != "tools":
+            raise
+        return
+    assert [offered.type for offered in done.tools] == ["function"]
+    assert {item.type for item in done.output} <= {"message", "function_call"}
 
 
 @program("responses.create(stream=True), responses.stream")
@@ -233,6 +275,27 @@ def responses_stream(at: Setting) -> None:
     with at.client.responses.stream(model=at.model, input="Say it again") as stream:
         assert "response.output_text.delta" in {event.type for event in stream}
         assert stream.get_final_response().output_text
+
+
+@program("responses.create(background=True, stream=True), retrieve(stream=True, starting_after)")
+def responses_that_go_on(at: Setting) -> None:
+    """A stream that is left in its middle, and heard on from there."""
+    stream = at.client.responses.create(
+        model=at.model, input="A long story", background=True, stream=True, max_output_tokens=40
+    )
+    response_id, numbers = "", []
+    for event in stream:
+        if event.type == "response.created":
+            response_id = event.response.id
+        numbers.append(event.sequence_number)
+        if len(numbers) == 5:
+            break
+    stream.close()
+    for event in at.client.responses.retrieve(response_id, stream=True, starting_after=numbers[-1]):
+        numbers.append(event.sequence_number)
+        last = event.type
+    assert numbers == list(range(len(numbers)))
+    assert last in {"response.completed", "response.incomplete"}
 
 
 @program("responses.create(background=True), cancel")
@@ -280,38 +343,109 @@ def batches(at: Setting) -> None:
         }
         for number in range(2)
     ]
-    data = "\n".join(json.dumps(line) for line in lines).encode()
-    file = at.client.files.create(file=("batch.jsonl", data), purpose="batch")
-    made = at.client.batches.create(
-        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"for": "conformance"}
-    )
-    _wait(lambda: at.client.batches.retrieve(made.id).status == "completed")
-    done = at.client.batches.retrieve(made.id)
-    assert done.request_counts is not None
-    assert done.request_counts.completed == 2
-    assert done.output_file_id is not None
-    results = [json.loads(line) for line in at.client.files.content(done.output_file_id).text.splitlines()]
+    made, results = _run_batch(at, "/v1/chat/completions", lines)
     assert {result["custom_id"] for result in results} == {"request-0", "request-1"}
+    assert all(result["response"]["body"]["object"] == "chat.completion" for result in results)
     assert made.id in {batch.id for batch in at.client.batches.list(limit=1)}
     with contextlib.suppress(openai.ConflictError):  # it has ended
         at.client.batches.cancel(made.id)
 
 
-@program("webhooks.create, list, update, rotate_secret, delete, unwrap")
+@program("batches.create(endpoint=...): responses, embeddings, completions")
+def batches_of_each_endpoint(at: Setting) -> None:
+    """Two lines for each of the other endpoints that a batch may have."""
+    bodies: dict[Any, dict[str, Any]] = {
+        "/v1/responses": {"model": at.model, "input": "Say this is a test", "max_output_tokens": 8},
+        "/v1/embeddings": {"model": at.embedding_model, "input": "Your text string goes here"},
+        "/v1/completions": {"model": at.model, "prompt": "Once upon a time", "max_tokens": 8},
+    }
+    objects = {"/v1/responses": "response", "/v1/embeddings": "list", "/v1/completions": "text_completion"}
+    for endpoint, body in bodies.items():
+        lines = [{"custom_id": str(n), "method": "POST", "url": endpoint, "body": body} for n in range(2)]
+        _, results = _run_batch(at, endpoint, lines)
+        found = [result["response"]["body"] for result in results]
+        assert [one["object"] for one in found] == [objects[endpoint]] * 2
+        if endpoint == "/v1/responses":
+            assert all(Response.model_validate(one).output_text for one in found)
+
+
+def _run_batch(at: Setting, endpoint: Any, lines: list[dict[str, Any]]) -> tuple[Batch, list[dict[str, Any]]]:
+    """Hand in lines and wait for their results, all of which must have come."""
+    data = "\n".join(json.dumps(line) for line in lines).encode()
+    file = at.client.files.create(file=("batch.jsonl", data), purpose="batch")
+    made = at.client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"for": "conformance"}
+    )
+    _wait(lambda: at.client.batches.retrieve(made.id).status in {"completed", "failed"})
+    done = at.client.batches.retrieve(made.id)
+    assert done.status == "completed", done.errors
+    assert done.request_counts is not None
+    assert done.request_counts.completed == len(lines)
+    assert done.output_file_id is not None
+    return done, [json.loads(line) for line in at.client.files.content(done.output_file_id).text.splitlines()]
+
+
+@program("webhooks.create, event_types, list, retrieve, update, rotate_secret, delete")
 def webhooks(at: Setting) -> None:
-    """A webhook from its making to its end. Deliveries are shown in tests/test_webhooks.py."""
+    """A webhook from its making to its end."""
     hook = at.client.webhooks.create(name="mine", url="https://example.org/hook", event_types=["batch.completed"])
     assert hook.signing_secret.startswith("whsec_")
     assert hook.id in {one.id for one in at.client.webhooks.list()}
+    assert at.client.webhooks.retrieve(hook.id).event_types == ["batch.completed"]
     assert at.client.webhooks.update(hook.id, name="renamed").name == "renamed"
     assert at.client.webhooks.rotate_secret(hook.id).signing_secret != hook.signing_secret
     assert at.client.webhooks.delete(hook.id).deleted
+
+
+@program("webhooks.unwrap")
+def webhook_deliveries(at: Setting) -> None:
+    """The end of a background response, told and verified; or the refusal of an address that no webhook may have."""
+    heard: list[tuple[dict[str, str], bytes]] = []
+    with _receiver(heard) as url:
+        try:
+            hook = at.client.webhooks.create(name="here", url=url, event_types=["response.completed"])
+        except openai.BadRequestError as error:
+            if error.code != "invalid_webhook_url":
+                raise
+            return
+        try:
+            made = at.client.responses.create(model=at.model, input="Say this is a test", background=True)
+            _wait(lambda: bool(heard))
+        finally:
+            at.client.webhooks.delete(hook.id)
+    headers, body = heard[0]
+    event = at.client.webhooks.unwrap(body, headers, secret=hook.signing_secret)
+    assert event.type == "response.completed"
+    assert event.data.id == made.id
     try:
-        at.client.webhooks.unwrap("{}", {"webhook-id": "x", "webhook-timestamp": "1", "webhook-signature": "v1,x"},
-                                  secret=hook.signing_secret)  # fmt: skip
+        at.client.webhooks.unwrap(body + b" ", headers, secret=hook.signing_secret)
     except openai.InvalidWebhookSignatureError:
         return
     raise AssertionError("a wrong signature was taken")
+
+
+@contextlib.contextmanager
+def _receiver(heard: list[tuple[dict[str, str], bytes]]) -> Iterator[str]:
+    """A customer's server on this machine that says yes to every event; its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            heard.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/hook"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 # -- how the client is used --------------------------------------------------------------------------------------------
@@ -343,10 +477,10 @@ def raw_responses(at: Setting) -> None:
         assert b"".join(response.iter_bytes())
 
 
-@program("with_options(timeout, max_retries)")
+@program("with_options(timeout, max_retries, organization, project)")
 def retries_and_timeouts(at: Setting) -> None:
     """The client's own settings, on one call."""
-    client = at.client.with_options(timeout=30.0, max_retries=5)
+    client = at.client.with_options(timeout=30.0, max_retries=5, organization="org-1", project="proj_1")
     assert client.chat.completions.create(model=at.model, messages=HELLO, max_tokens=4).choices
 
 
@@ -430,6 +564,15 @@ def own_service() -> Iterator[tuple[str, str]]:
             try:
                 assert process.stdout is not None
                 ready = json.loads(process.stdout.readline())
+                policy = [
+                    "webhooks",
+                    "policy",
+                    "--private",
+                    "--http",
+                    "--data",
+                    folder,
+                ]  # deliveries come to this machine
+                subprocess.run([*command[:3], *policy], check=True, stderr=subprocess.DEVNULL)
                 yield ready["base_url"], ready["api_key"]
             finally:
                 process.terminate()

@@ -34,7 +34,8 @@ from nats.js.client import JetStreamContext
 
 from motorpool import wire
 from motorpool.errors import MotorpoolError, SetupError
-from motorpool.trust.credentials import CellIdentity, VehicleCredentials, write_secret
+from motorpool.presence import Presence
+from motorpool.trust.credentials import WATCH_INBOX, CellIdentity, VehicleCredentials, write_secret
 from motorpool.trust.nkeys import KeyPair
 from motorpool.types import MAX_MESSAGE_BYTES
 
@@ -51,6 +52,7 @@ MAX_UNACKNOWLEDGED: Final = 256
 MAX_WORK_AT_ONCE: Final = 64
 CHECK_CONSUMER_S: Final = 5
 CHECK_CLIENT_S: Final = 5
+WATCH_AGAIN_S: Final = 30  # after the message server would not say who leaves
 REDELIVER_AFTER_S: Final = 30
 CONSUMER: Final = "cell"
 DUPLICATE_WINDOW_S: Final = 120
@@ -225,6 +227,9 @@ async def open_client(
     except (OSError, TimeoutError, nats.errors.Error) as error:
         await let_go(client)
         raise BusError(f"cannot reach the message server at {', '.join(urls)}: {error}") from error
+    except asyncio.CancelledError:
+        await let_go(client)
+        raise
     if client.max_payload < MAX_PAYLOAD_BYTES:
         await let_go(client)
         raise SetupError(too_small(client.max_payload), code="max_payload_too_small", param="max_payload")
@@ -451,6 +456,64 @@ async def settled(client: Client) -> None:
         raise nats.errors.ConnectionReconnectingError
 
 
+class Watch:
+    """Tells at once when the last connection of a vehicle has ended; see ``presence``. What it sent may still come."""
+
+    def __init__(self, urls: list[str], identity: CellIdentity, on_gone: Callable[[str], None]) -> None:
+        self._urls = urls
+        self._identity = identity
+        self._on_gone = on_gone
+        self._presence = Presence()
+        self._connection = Connection(self._open, self._prepare, lambda _: self._presence.forget())
+        self._starting = asyncio.create_task(self._start())
+
+    @property
+    def connected(self) -> bool:
+        """Whether it hears of connections now."""
+        return self._connection.connected
+
+    async def _start(self) -> None:
+        """Where the server does not know this user of the cell, everything else works as ever."""
+        while True:
+            try:
+                await self._connection.open()
+            except MotorpoolError as error:
+                log.warning("the message server does not say whose connection ends: %s", error.message)
+                await asyncio.sleep(WATCH_AGAIN_S)
+            else:
+                return
+
+    async def _open(self, on_link: Callable[[bool], None], on_closed: Callable[[], None]) -> Client:
+        return await open_client(
+            self._urls,
+            name="watch",
+            jwt=self._identity.watch_jwt(),
+            seed=self._identity.user_seed,
+            inbox=WATCH_INBOX,
+            on_link=on_link,
+            on_closed=on_closed,
+        )
+
+    async def _prepare(self, client: Client) -> None:
+        async def came(message: Msg) -> None:
+            self._presence.came(message.data)
+
+        async def went(message: Msg) -> None:
+            vehicle_id = self._presence.went(message.data)
+            if vehicle_id is not None:
+                self._on_gone(vehicle_id)
+
+        self._presence.forget()
+        for subject, callback in zip(self._identity.watched, (came, went), strict=True):
+            await client.subscribe(subject, cb=callback)
+        await settled(client)
+
+    async def close(self) -> None:
+        """Hear no more."""
+        await ended(self._starting)
+        await self._connection.close()
+
+
 class CellLink:
     """The cell's end. Made with ``connect``."""
 
@@ -462,6 +525,7 @@ class CellLink:
         self._sender = Sender(self._connection)
         self._stream: JetStreamContext
         self._listeners: dict[str, Callable[[str, bytes], None]] = {}
+        self._watch: Watch | None = None
         self._puller: asyncio.Task[None] | None = None
         self._arrived: deque[WorkMessage] = deque()
         self._held: dict[int, WorkMessage] = {}  # not acknowledged yet, by their number in the stream
@@ -513,9 +577,19 @@ class CellLink:
         except (OSError, TimeoutError, nats.errors.Error) as error:
             raise BusError(f"the durable stream could not be made: {error}") from error
 
-    async def listen(self, on_state: Callable[[str, bytes], None], on_live: Callable[[str, bytes], None]) -> None:
-        """Give each vehicle's messages to the callbacks, with the vehicle that the server says they are from."""
+    async def listen(
+        self,
+        on_state: Callable[[str, bytes], None],
+        on_live: Callable[[str, bytes], None],
+        on_gone: Callable[[str], None] | None = None,
+    ) -> None:
+        """Give each vehicle's messages to the callbacks, with the vehicle that the server says they are from.
+
+        ``on_gone`` gets each vehicle whose connection has ended, where the server says so; see ``Watch``.
+        """
         self._listeners = {"state": on_state, "live": on_live}
+        if on_gone is not None and self._watch is None:
+            self._watch = Watch(self._urls, self._identity, on_gone)
         try:
             await self._subscribe_listeners(self._connection.client)
         except (OSError, TimeoutError, nats.errors.Error) as error:
@@ -630,6 +704,11 @@ class CellLink:
         """Whether the link is up now."""
         return self._connection.connected
 
+    @property
+    def watching(self) -> bool:
+        """Whether the message server tells now whose connection ends."""
+        return self._watch is not None and self._watch.connected
+
     def check(self) -> None:
         """Raise BusError if work is no longer taken from the stream."""
         if self._puller is not None and self._puller.done() and not self._puller.cancelled():
@@ -638,6 +717,8 @@ class CellLink:
     async def close(self) -> None:
         """Leave in good order."""
         await ended(self._puller)
+        if self._watch is not None:
+            await self._watch.close()
         await self._sender.close()
         await self._connection.close()
 

@@ -13,6 +13,11 @@ Subjects (``v1`` is the version; a vehicle's credentials open its own ones and n
     mp.v1.up.<vehicle>.work          durable stream: Results, Returned
     mp.v1.up.<vehicle>.live          vehicle to cell: Tokens, Answered, Broken (live requests)
 
+A relay speaks for many vehicles, in sheets of columns (``core.sheets``); its credentials open these and no others::
+
+    mp.v1.feed.<relay>.sheet         relay to cell: reports of its vehicles
+    mp.v1.feed.<relay>.answer        cell to relay: what was taken, and what is wanted in full
+
 Called by: agent, server. Must not: decide anything.
 """
 
@@ -46,6 +51,9 @@ WORK_SUBJECTS: Final = f"mp.v{VERSION}.up.*.work"
 MEDIA_JSON: Final = "application/json"
 MAX_OFFLINE_MS: Final = 6 * 3_600_000  # how long a vehicle may go on with a lease while it has no link
 MAX_DOCUMENT_BYTES: Final = 16 * 1024  # one document that an owner has signed
+MAX_ON_DISK: Final = 32  # models that a vehicle names
+MAX_SHEET_ROWS: Final = 1_024  # reports of a relay in one message: so long the cell's loop does nothing else
+MAX_SHEET_VEHICLES: Final = 1 << 21  # of one relay
 
 # What a peer may say: decoding refuses the rest, so that no message can hold what the books cannot, and none makes the
 # other end say what no message can hold.
@@ -56,6 +64,7 @@ Total = Annotated[int, Meta(ge=0, le=1 << 50)]
 Status = Annotated[int, Meta(ge=100, le=599)]
 Slots = Annotated[int, Meta(ge=0, le=1 << 12)]
 Risk = Annotated[float, Meta(ge=0.0, le=1.0)]
+Memory = Annotated[int, Meta(ge=0, le=255)]
 Document = Annotated[bytes, Meta(max_length=MAX_DOCUMENT_BYTES)]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -78,8 +87,13 @@ def up_subject(vehicle_id: str, channel: str) -> str:
     return f"mp.v{VERSION}.up.{vehicle_id}.{channel}"
 
 
+def feed_subject(relay_id: str, channel: str) -> str:
+    """Where a relay speaks to the cell (``sheet``), or the cell answers it (``answer``)."""
+    return f"mp.v{VERSION}.feed.{relay_id}.{channel}"
+
+
 def vehicle_of(subject: str) -> str:
-    """The vehicle that a subject belongs to. The server enforces it, so this is who really sent a message."""
+    """The vehicle or relay of a subject. The server enforces it, so this is who really sent a message."""
     return subject.split(".")[3]
 
 
@@ -215,6 +229,8 @@ class State(Message, frozen=True, kw_only=True, tag="state"):
     ``held`` lists the leases that the vehicle still holds. Counters are totals since the incarnation began.
     ``stay_bound_ms`` is a lower bound (90 %) of how much longer the car stays, ``risk_15min`` the chance that it leaves
     within 15 minutes; both None while nothing is known. When and where it usually leaves stays in the car.
+    ``memory_gb`` (10^9 bytes) is what an engine may have at most, ``models_on_disk`` are the models of the catalogue
+    that lie here; of both None says nothing new.
     """
 
     incarnation: Name
@@ -239,6 +255,8 @@ class State(Message, frozen=True, kw_only=True, tag="state"):
     battery_fed: bool = False
     stay_bound_ms: Total | None = None
     risk_15min: Risk | None = None
+    memory_gb: Memory | None = None
+    models_on_disk: Annotated[list[Name], Meta(max_length=MAX_ON_DISK)] | None = None
 
 
 class CheckpointChoice(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -249,6 +267,7 @@ class CheckpointChoice(msgspec.Struct, frozen=True, kw_only=True, array_like=Tru
     token_ids: list[int] = []
     logprobs: bytes = b""
     finish_reason: str | None = None
+    calls: bytes = b""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -256,6 +275,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     ``text`` is what was emitted, ``token_ids`` the ids of the same tokens where the engine reports them, ``logprobs``
     the JSON array of OpenAI's logprob entries so far if the request asked for them, ``prompt_tokens`` 0 if not known.
+    ``calls`` is the JSON array of OpenAI's tool calls so far, whose last one may be cut anywhere.
     An answer with several choices has them in ``choices``, by their index, and here only the sum of their tokens.
     ``hold``: the engine only reads this and the prompt, and waits then.
     """
@@ -267,6 +287,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: TokenCount = 0
     choices: Annotated[list[CheckpointChoice], Meta(max_length=MAX_ITEMS_PER_MESSAGE)] = []
     hold: bool = False
+    calls: bytes = b""
 
 
 class CheckpointHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -347,7 +368,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """New text of one choice of a live request.
 
     ``logprobs`` is a JSON array of OpenAI's entries for the tokens of ``text``, empty if the request did not ask.
-    ``finish_reason`` is set on the last delta of a choice.
+    ``finish_reason`` is set on the last delta of a choice. ``calls`` is a JSON array of new fragments of tool calls in
+    OpenAI's form, empty for most.
     """
 
     index: int
@@ -355,6 +377,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     token_ids: list[int] = []
     logprobs: bytes = b""
     finish_reason: str | None = None
+    calls: bytes = b""
 
 
 class Tokens(Message, frozen=True, kw_only=True, tag="tokens"):

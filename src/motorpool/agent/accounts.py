@@ -108,6 +108,7 @@ class Accounts:
         self._terms: dict[str, _Terms] = {}
         self._second_look = SecondLook()
         self._rates: PayRates | None = None
+        self._unpaid = 0  # of what was delivered: millionths of a millionth that are no whole millionth yet
         self._speed = (0.0, 0.0, 0.0)  # input tokens, output tokens, working milliseconds; older ones count less
         self._unknown = False
         self._book = BudgetBook()
@@ -253,13 +254,15 @@ class Accounts:
         terms = self._terms.get(key) or _Terms("", 0, 0)
         self._speed = (self._speed[0] + prompt, self._speed[1] + new, self._speed[2])
         price = self._tariff_micro_kwh(now_ms, utc_offset_min)
+        pay = self._unpaid + prompt * terms.input_micro + new * terms.output_micro
+        earned_micro, self._unpaid = divmod(pay, TOKENS_PER_PRICE)
         return Delivery(
             customer_class=terms.customer_class,
             lines=lines,
             tokens=new,
             energy_mwh=energy_mwh,
             measured=measured,
-            earned_micro=(prompt * terms.input_micro + new * terms.output_micro) // TOKENS_PER_PRICE,
+            earned_micro=earned_micro,
             electricity_micro=None if self._config.tariff is None else -(-energy_mwh * price // 1_000_000),
             wear_micro=self._wear_untold_micro(),
         )

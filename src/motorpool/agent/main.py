@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Final
 
 import msgspec
 
+from motorpool import wire
 from motorpool.agent.enrolment import ConsentFile
 from motorpool.agent.loop import GUARD_INTERVAL_MS, AgentLoop, Clock, Link
 from motorpool.agent.notify import Notifier
@@ -26,6 +28,7 @@ from motorpool.agent.signals.car import CarSpec, SimulatedCar
 from motorpool.agent.signals.owner_port import OwnerPort
 from motorpool.agent.signals.source import AlwaysParked, NoSignals, SignalSource
 from motorpool.bus import VehicleLink
+from motorpool.catalogue import Catalogue, model_path
 from motorpool.core.guard import Policy
 from motorpool.core.vehicle import VehicleMachine
 from motorpool.core.vehicle_events import VehicleConfig
@@ -40,6 +43,8 @@ REMOTE_STALL_MS: Final = round(REMOTE_SILENCE_S * 1000) + 60_000  # it bounds th
 LOOKS_A_PERMIT: Final = 8  # a permit outlives this many looks of the guard that did not come
 SILENCE_S: Final = 0.6  # with the time to be sure, an engine whose agent hangs has ended within a second
 LOOKS_A_SILENCE: Final = 2.4  # where the guard looks more seldom
+GB: Final = 10**9
+MAX_MEMORY_GB: Final = 255
 
 
 # From the agent's clock and what the computer draws: a source, which may have to be entered as a context.
@@ -51,7 +56,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     ``small`` is the engine of the lowest rung of the thermal ladder. ``car`` is the simulated car that it is in. None
     and no ``source`` (of a real car, or of a recording) is a vehicle without signals: ``run_agent`` then never gets a
-    permit, while ``run_many`` takes it for one that is always parked and plugged in.
+    permit, while ``run_many`` takes it for one that is always parked and plugged in. ``models_on_disk`` are those that
+    lie here beside those of its engines, see ``on_disk``.
     """
 
     agent_dir: Path
@@ -65,6 +71,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     car: CarSpec | None = CarSpec()
     source: SourceFactory | None = None
     region: str = "local"
+    models_on_disk: tuple[str, ...] = ()
     state_interval_ms: int = 5_000
     guard_interval_ms: int = GUARD_INTERVAL_MS
     freeze_grace_ms: int = 5_000
@@ -83,7 +90,15 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
             state_interval_ms=self.state_interval_ms,
             freeze_grace_ms=0 if remote else self.freeze_grace_ms,
             stall_ms=REMOTE_STALL_MS if remote else STALL_MS,
+            memory_gb=None if remote else memory_gb(self.parts.memory_bytes),
+            models_on_disk=self._models(),
         )
+
+    def _models(self) -> tuple[str, ...]:
+        """What the cell is told that this vehicle can load: its own models, and then the others."""
+        own = [self.engine.model, *([] if self.small is None else [self.small.model])]
+        others = () if self.engine.backend is Backend.REMOTE else self.models_on_disk
+        return tuple(dict.fromkeys((*own, *others)))[: wire.MAX_ON_DISK]
 
     def guard_policy(self) -> Policy:
         """The owner's policy, with permits that outlive a few looks of the guard."""
@@ -95,6 +110,28 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         silence_s = max(SILENCE_S, LOOKS_A_SILENCE * self.guard_interval_ms / 1000)
         specs = [self.engine, *([] if self.small is None else [self.small])]
         return {spec.model: msgspec.structs.replace(spec, silence_s=silence_s) for spec in specs}
+
+
+def memory_gb(limit_bytes: int | None) -> int:
+    """What an engine may have at most, in 10^9 bytes: its limit, or all that the computer has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min((there if limit_bytes is None else min(limit_bytes, there)) // GB, MAX_MEMORY_GB)
+
+
+def on_disk(catalogue: Catalogue, folder: Path) -> tuple[str, ...]:
+    """The models of a catalogue whose files lie in ``folder``, with the size that they must have; none is read.
+
+    What is in a file is checked before it is loaded.
+    """
+    found = []
+    for model in catalogue.models.values():
+        path = model_path(model, folder)
+        try:
+            if path is not None and path.stat().st_size == model.size_bytes:
+                found.append(model.id)
+        except OSError:
+            continue  # it is not here
+    return tuple(found)
 
 
 async def run_agent(config: AgentConfig, stop: asyncio.Event | None = None, notifier: Notifier | None = None) -> None:

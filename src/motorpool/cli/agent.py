@@ -15,7 +15,7 @@ import msgspec
 
 from motorpool.agent.accounts import AccountsConfig
 from motorpool.agent.enrolment import CONSENT_NAME, PUBLIC_NAME
-from motorpool.agent.main import AgentConfig, SourceFactory, run_agent
+from motorpool.agent.main import AgentConfig, SourceFactory, on_disk, run_agent
 from motorpool.agent.notify import Notifier
 from motorpool.agent.parts import NodeConfig, PartsConfig
 from motorpool.agent.runtime.host import leave_no_core_dump
@@ -24,7 +24,7 @@ from motorpool.agent.settings import load_settings
 from motorpool.agent.signals.car import CarSpec
 from motorpool.catalogue import NULL_MODEL
 from motorpool.cli.folders import private_files, take
-from motorpool.cli.modelfiles import fetched, load_catalogue
+from motorpool.cli.modelfiles import fetched, load_catalogue, models_folder
 from motorpool.cli.output import Number
 from motorpool.cli.process import run
 from motorpool.cli.running import CREDENTIALS_NAME
@@ -296,6 +296,7 @@ def agent(
             kuksa=kuksa, token=kuksa_token, ca=kuksa_ca, replay=replay, user=replay_user, speed=replay_speed
         ),
         region=region,
+        models_on_disk=on_disk(load_catalogue(folder), models_folder()),
         state_interval_ms=round(state_interval * 1000),
     )
     leave_no_core_dump()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 import time
 from pathlib import Path
@@ -28,6 +29,10 @@ from motorpool.errors import SetupError
 
 PLAIN_EVERY_S: Final = 10.0
 RETRIES = 4  # of the client, each after a longer wait
+MAX_REGIONS: Final = 32
+MAX_REGION_CHARS: Final = 32
+MAX_TRUST: Final = 3
+_REGION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
 
 def make_client(base_url: str, api_key: str) -> openai.OpenAI:
@@ -90,12 +95,29 @@ class Progressing:
         if batch.status == "in_progress":
             words += f", {duration(left)} left"
             if batchrun.waits(batch):
-                words += f", waiting: no vehicle may run {batch.model} now"
+                terms = batchrun.terms_of(batch).words
+                words += f", waiting: no vehicle may run {batch.model} now" + (f" ({terms})" if terms else "")
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, description=batch.status, words=words)
         elif self._plain_at_s is None or now_s - self._plain_at_s >= PLAIN_EVERY_S or batch.status != self._said:
             self._plain_at_s, self._said = now_s, batch.status
             click.echo(f"{batch.id} {batch.status}: {words}", err=True)
+
+
+def check_regions(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> list[str]:
+    """The regions, each once; a usage error that names the one at fault: a residency that is misspelt is none."""
+    for region in given:
+        if len(region) > MAX_REGION_CHARS or not _REGION.fullmatch(region):
+            raise click.BadParameter(
+                f"{region!r} is no region: 1 to {MAX_REGION_CHARS} letters, digits, '.', '_' or '-', one each time, as "
+                "vehicles report them (`motorpool vehicles list`)",
+                ctx=context,
+                param=parameter,
+            )
+    regions = list(dict.fromkeys(given))
+    if len(regions) > MAX_REGIONS:
+        raise click.BadParameter(f"at most {MAX_REGIONS} regions", ctx=context, param=parameter)
+    return regions
 
 
 @batch.command("run")
@@ -112,7 +134,27 @@ class Progressing:
 @click.option(
     "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer, in tokens."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as one line of JSON at the end.")
+@click.option(
+    "--region",
+    "regions",
+    multiple=True,
+    metavar="CODE",
+    callback=check_regions,
+    help="Run only on vehicles that are in this region, such as DE; give it again for more. Else anywhere.",
+)
+@click.option(
+    "--min-trust",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, MAX_TRUST),
+    help="The least tier of trust that the operator has given a vehicle.",
+)
+@click.option(
+    "--flex",
+    is_flag=True,
+    help="Take what others leave: nothing is promised and nothing refused; it may wait for cheaper hours.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the counts and the terms as one line of JSON at the end.")
 @api_options
 @click.pass_context
 def run(
@@ -125,6 +167,9 @@ def run(
     schema: Path | None,
     window: str,
     max_tokens: int,
+    regions: list[str],
+    min_trust: int,
+    flex: bool,
     as_json: bool,
     base_url: str | None,
     api_key: str | None,
@@ -134,6 +179,9 @@ def run(
 
     A folder gives its .txt and .md files; a .jsonl or .csv file gives its rows that have a `text`. Stop it with Ctrl-C:
     the batch goes on, and the same command comes back to it. Nothing is ever handed in twice.
+
+    With --region no document goes to a vehicle that is elsewhere, and what one sends after it has left is not
+    taken. A batch whose window cannot be met is refused with the soonest one that can; with --flex it is not.
 
     \b
     Exit codes: 0 every line is there and was answered; 1 something is wrong, see the message; 2 bad usage;
@@ -145,6 +193,8 @@ def run(
       motorpool batch run recalls/ --model smollm2-135m-instruct --prompt "Summarise in one sentence." -o out.jsonl
       motorpool batch run a.txt b.md --model llama-3b --prompt "Translate to German." -o out.jsonl --window 4h
       motorpool batch run mail.csv --model llama-3b --prompt "Sort this." --schema answer.json -o out.jsonl
+      motorpool batch run a.txt --model llama-3b --prompt "Sum up." -o out.jsonl --region DE --region FR --min-trust 2
+      motorpool batch run letters/ --model llama-3b --prompt "Sum up." -o out.jsonl --window 7d --flex
     """
     found = documents.read_documents(sources)
     wanted = documents.read_schema(schema) if schema is not None else None
@@ -153,8 +203,10 @@ def run(
     check_output(target)
     names = [document.name for document in found]
     with make_client(*resolve_api(base_url, api_key, data)) as client:
-        started, again = batchrun.hand_in(client, lines, target, window=window, documents=len(found))
-        say(f"{'Back to' if again else 'Handed in'} {len(found)} documents as batch {started.id}")
+        terms = batchrun.Terms(regions=regions, min_trust=min_trust, priority="flex" if flex else "standard")
+        started, again = batchrun.hand_in(client, lines, target, window=window, documents=len(found), terms=terms)
+        how = f", to run {terms.words}" if terms.words else ""
+        say(f"{'Back to' if again else 'Handed in'} {len(found)} documents as batch {started.id}{how}")
         try:
             with Progressing(len(found)) as progress:
                 ended = batchrun.follow(client, started, progress.show, on_outage=progress.outage)
@@ -180,7 +232,9 @@ def collect(client: openai.OpenAI, ended: Batch, names: list[str], target: Path,
     if results:
         batchrun.write_results(target, results)
     if as_json:
-        print_json({"batch": ended.id, "status": ended.status, "output": str(target), "counts": tally})
+        extra = batchrun.told(ended)
+        terms = {name: extra.get(name) for name in ("regions", "min_trust", "priority", "quote")}
+        print_json({"batch": ended.id, "status": ended.status, "output": str(target), "counts": tally, "terms": terms})
     said = f"{tally.completed} of {tally.handed_in} lines completed, {tally.failed} failed"
     say(f"Batch {ended.id} {ended.status}: {said}, {tally.missing} missing, {tally.doubled} doubled")
     for problem in (ended.errors.data or [] if ended.errors else [])[:5]:

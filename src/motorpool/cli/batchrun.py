@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 import openai
@@ -31,6 +31,31 @@ OUTAGE_S: Final = 60.0
 LISTED_BATCHES: Final = 1000  # how far back a batch is looked for by its run id
 
 
+class Terms(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where and how a batch may run, as ``motorpool`` of POST /v1/batches has it; the default asks for nothing."""
+
+    regions: list[str] = []
+    min_trust: int = 0
+    priority: Literal["standard", "flex"] = "standard"
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is sent: nothing of it if nothing was asked for, so that any server with OpenAI's API can be used."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields
+
+    @property
+    def words(self) -> str:
+        """The same for people; empty if nothing was asked for."""
+        where = f"only in {', '.join(self.regions)}" if self.regions else ""
+        trust = f"on vehicles of trust {self.min_trust} or more" if self.min_trust else ""
+        how = "when there is room (flex)" if self.priority == "flex" else ""
+        return ", ".join(filter(None, (where, trust, how)))
+
+
+NO_TERMS: Final = Terms()
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """What stands in the state file beside the output."""
 
@@ -40,6 +65,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     base_url: str
     documents: int
     batch_id: str | None = None
+    terms: Terms = NO_TERMS
 
 
 class Tally(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,7 +110,7 @@ def load_state(output: Path) -> RunState | None:
         raise SetupError(f"{path} cannot be read: delete it to start again", code="state_unreadable") from error
 
 
-def check_same(output: Path, state: RunState, digest: str, base_url: str) -> None:
+def check_same(output: Path, state: RunState, digest: str, base_url: str, terms: Terms) -> None:
     """Raise SetupError if an earlier run, whose batch is at the server, was another one than this."""
     path = state_path(output)
     if state.input_sha256 != digest:
@@ -92,6 +118,12 @@ def check_same(output: Path, state: RunState, digest: str, base_url: str) -> Non
             f"{path} belongs to a run with other documents, another prompt, model or limit: "
             "choose another -o, or delete that file to start anew",
             code="state_of_another_run",
+        )
+    if state.terms != terms:
+        raise SetupError(
+            f"{path} belongs to a run with another --region, --min-trust or --flex, and its batch keeps those: "
+            "give the same ones, choose another -o, or cancel that batch and delete that file to start anew",
+            code="state_of_other_terms",
         )
     if state.base_url.rstrip("/") != base_url.rstrip("/"):
         raise SetupError(
@@ -105,22 +137,27 @@ def save_state(output: Path, state: RunState) -> None:
     write_whole(state_path(output), msgspec.json.format(msgspec.json.encode(state), indent=2) + b"\n")
 
 
-def hand_in(client: openai.OpenAI, data: bytes, output: Path, *, window: str, documents: int) -> tuple[Batch, bool]:
+def hand_in(
+    client: openai.OpenAI, data: bytes, output: Path, *, window: str, documents: int, terms: Terms = NO_TERMS
+) -> tuple[Batch, bool]:
     """The batch of this input: the one of an earlier run if there is one (True), else a new one (False).
 
-    Raises SetupError when the server no longer knows the earlier batch.
+    Raises SetupError when the server no longer knows the earlier batch, or did not take the terms.
     """
     base_url, digest = str(client.base_url), hashlib.sha256(data).hexdigest()
     state = load_state(output)
     if state is not None:
         if state.batch_id is not None:
-            check_same(output, state, state.input_sha256, base_url)  # no other server knows its batch
+            check_same(output, state, state.input_sha256, base_url, state.terms)  # no other server knows its batch
         earlier = _find(client, state, output)
         if earlier is not None and not nothing_ran(earlier):
-            check_same(output, state, digest, base_url)
+            check_same(output, state, digest, base_url, terms)
+            _check_taken(client, earlier, terms, output)
             return earlier, True
     # Here either nothing was ever handed in under this state, or the server refused it before a line had run.
-    state = RunState(run_id=secrets.token_hex(12), input_sha256=digest, base_url=base_url, documents=documents)
+    state = RunState(
+        run_id=secrets.token_hex(12), input_sha256=digest, base_url=base_url, documents=documents, terms=terms
+    )
     save_state(output, state)
     name = f"{output.stem}.jsonl"
     uploaded = client.files.create(file=(name, io.BytesIO(data)), purpose="batch")
@@ -129,9 +166,46 @@ def hand_in(client: openai.OpenAI, data: bytes, output: Path, *, window: str, do
         endpoint="/v1/chat/completions",
         completion_window=window,  # type: ignore[arg-type]  # Motorpool takes more windows than OpenAI's client names
         metadata={RUN_ID_KEY: state.run_id},
+        extra_body={"motorpool": terms.asked} if terms.asked else None,
     )
     save_state(output, msgspec.structs.replace(state, batch_id=batch.id))
+    _check_taken(client, batch, terms, output)
     return batch, False
+
+
+def told(batch: Batch) -> dict[str, Any]:
+    """What Motorpool says of a batch beside OpenAI's fields; empty from another server."""
+    extra = (batch.model_extra or {}).get("motorpool")
+    return extra if isinstance(extra, dict) else {}
+
+
+def terms_of(batch: Batch) -> Terms:
+    """The terms of a batch, as its server tells them."""
+    fields = {name: value for name, value in told(batch).items() if name in Terms.__struct_fields__ and value}
+    try:
+        return msgspec.convert(fields, Terms)
+    except msgspec.ValidationError:
+        return NO_TERMS  # whatever server this is
+
+
+def _check_taken(client: openai.OpenAI, batch: Batch, terms: Terms, output: Path) -> None:
+    """Raise SetupError, after cancelling the batch, if the server did not take the terms: no document goes anywhere."""
+    fields = told(batch)
+    same = all(
+        set(fields.get(name) or ()) == set(value) if name == "regions" else fields.get(name) == value
+        for name, value in terms.asked.items()
+    )
+    if same:
+        return
+    try:
+        client.batches.cancel(batch.id)
+        end = "was cancelled"
+    except openai.APIStatusError as error:
+        end = f"could not be cancelled ({error.status_code})"
+    state_path(output).unlink(missing_ok=True)
+    raise SetupError(
+        f"this server does not know --region, --min-trust and --flex: batch {batch.id} {end}", code="terms_not_taken"
+    )
 
 
 def nothing_ran(batch: Batch) -> bool:
@@ -161,8 +235,7 @@ def _find(client: openai.OpenAI, state: RunState, output: Path) -> Batch | None:
 
 def waits(batch: Batch) -> bool:
     """Whether no vehicle could run this batch now. Only Motorpool says so; another server is taken to have room."""
-    extra = (batch.model_extra or {}).get("motorpool")
-    return isinstance(extra, dict) and extra.get("vehicles") == 0
+    return told(batch).get("vehicles") == 0
 
 
 def follow(

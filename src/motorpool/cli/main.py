@@ -22,6 +22,7 @@ COMMANDS: Final[dict[str, str]] = {
     "batch": "batch:batch",
     "vehicles": "operator:vehicles",
     "jobs": "jobs:jobs",
+    "relays": "relays:relays",
     "sites": "sites:sites",
     "customers": "sites:customers",
     "car": "owner:car",

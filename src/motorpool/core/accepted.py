@@ -12,28 +12,34 @@ from motorpool.core import events as ev
 from motorpool.core.attribution import MAX_MESSAGE_UWH, UWH_PER_MWH, co2_ug, split_uwh, weight
 from motorpool.core.jobs import Job
 from motorpool.core.kernels import work_of
-from motorpool.core.ledger import settle
-from motorpool.core.pricing import cost_micro, extend, split, trim
+from motorpool.core.ledger import Rests, settle
+from motorpool.core.ledger import job as job_rest
+from motorpool.core.pricing import cost_atto, extend, split_atto, trim
 
 MAX_TEMPLATE_TOKENS: Final = 1_024  # what a chat template may add to a prompt; a token of the rest is a byte at least
 
 
 class Accepted:
-    """Gathers what the accepted part of one message of results changes. ``intensity_g_kwh``: where the vehicle is."""
+    """Gathers what the accepted part of one message of results changes.
 
-    def __init__(self, vehicle_id: str, intensity_g_kwh: int) -> None:
+    ``intensity_g_kwh``: where the vehicle is; ``rests``: what is below a millionth, of all jobs and owners. A line
+    costs what the cost of its job rises by when it counts, so that the lines of a job come to its price in whatever
+    order they arrive.
+    """
+
+    def __init__(self, vehicle_id: str, intensity_g_kwh: int, rests: Rests) -> None:
         self.vehicle_id = vehicle_id
         self.intensity_g_kwh = intensity_g_kwh
+        self.rests = rests
         self.picks: list[int] = []
-        self.costs: list[int] = []
+        self.costs_atto: list[int] = []
         self.carried: list[int] = []
         self.with_checkpoint: list[int] = []
         self.completed = self.failed = self.prompt = self.cached = self.completion = 0
         self.answered = 0  # also in the negative, as long as it is the customer's fault
         self.overclaimed = 0
         self.own_work = 0.0  # what this vehicle itself did of the answers
-        self.owners: dict[str, int] = {}
-        self.others: dict[str, int] = {}
+        self.others: dict[str, int] = {}  # tokens that other vehicles had generated
 
     def _within(self, job: Job, event: ev.ResultsArrived, place: int) -> tuple[int, int]:
         """Prompt and completion tokens as claimed, but no more than the line can have had: nobody pays for more."""
@@ -53,13 +59,12 @@ class Accepted:
         self.answered += event.statuses[place] < 500
         if event.statuses[place] >= 400:
             self.failed += 1
-            self.costs.append(0)
+            self.costs_atto.append(0)
             self.carried.append(0)
             return 0.0
         prompt, completion = self._within(job, event, place)
-        cost = cost_micro(job.price, prompt, completion)
         self.completed += 1
-        self.costs.append(cost)
+        self.costs_atto.append(cost_atto(job.price, prompt, completion))
         self.prompt += prompt
         self.cached += min(event.cached_tokens[place], prompt)
         self.completion += completion
@@ -68,16 +73,9 @@ class Accepted:
         carried = sum(count for _, count in shares)  # only what somebody is known to have generated
         self.carried.append(carried)
         self.own_work += work_of(prompt, completion - carried)
-        if not shares:
-            pool = cost * job.price.owner_share_bp // 10_000
-            self.owners[self.vehicle_id] = self.owners.get(self.vehicle_id, 0) + pool
-            return work_of(prompt, completion)
         for vehicle_id, tokens in shares:
             if vehicle_id != self.vehicle_id:
                 self.others[vehicle_id] = self.others.get(vehicle_id, 0) + tokens
-        whole = extend(shares, self.vehicle_id, completion - carried)
-        for vehicle_id, amount in split(job.price, cost, prompt, self.vehicle_id, whole).items():
-            self.owners[vehicle_id] = self.owners.get(vehicle_id, 0) + amount
         return work_of(prompt, completion)
 
     def _energy_uwh(self, event: ev.ResultsArrived) -> list[int]:
@@ -94,7 +92,8 @@ class Accepted:
         """What all that counts changes in the books."""
         if not self.picks:
             return []
-        cost, carried, others = sum(self.costs), sum(self.carried), sum(self.others.values())
+        costs_micro = self.rests.add_each(job_rest(job.job_id), self.costs_atto)
+        cost, carried, others = sum(costs_micro), sum(self.carried), sum(self.others.values())
         energy_uwh = self._energy_uwh(event)
         co2 = [co2_ug(part, self.intensity_g_kwh) for part in energy_uwh]
         energy = sum(energy_uwh)
@@ -105,7 +104,7 @@ class Accepted:
                 job_no=job.job_no,
                 vehicle_id=self.vehicle_id,
                 picks=self.picks,
-                costs_micro=self.costs,
+                costs_micro=costs_micro,
                 carried_tokens=self.carried,
                 energy_uwh=energy_uwh,
                 co2_ug=co2,
@@ -141,7 +140,17 @@ class Accepted:
         if self.overclaimed:
             what = f"claimed more tokens than {self.overclaimed} lines can have had: only those were paid"
             commands.append(ev.Note(subject=self.vehicle_id, what=what))
-        transfers = settle(cause, job.account, cost, self.owners, job.job_id)
-        if transfers:
-            commands.append(ev.PostTransfers(transfers=transfers))
+        # Owners' parts are exact, so those of the message are the sum of those of its lines.
+        shares = extend(list(self.others.items()), self.vehicle_id, self.completion - others)
+        transfers = settle(
+            self.rests,
+            cause_id=cause,
+            account=job.account,
+            cost_micro=cost,
+            owners_atto=split_atto(job.price, self.prompt, self.vehicle_id, shares),
+            reference=job.job_id,
+        )
+        rests = self.rests.changed()
+        if transfers or rests:
+            commands.append(ev.PostTransfers(transfers=transfers, rests=rests))
         return commands

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.core.forecast import Bands
-from motorpool.core.jit import kernel
+from motorpool.core.jit import allocating_kernel
 
 HOUR_MS: Final = 3_600_000
 MAX_TOKENS_H: Final = 2_000_000_000_000  # of a class: times the milliseconds of an hour it still fits 64 bits
@@ -103,7 +103,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return cls(tokens=empty, deadline_ms=empty, kind=empty)
 
 
-@kernel
+@allocating_kernel
 def lay_out(  # noqa: PLR0917  # kernels take no keywords
     order: Ints, tokens: Ints, kind: Ints, eligible: Bools, first: Ints, reach: Ints, out: Ints
 ) -> int:

@@ -15,6 +15,7 @@ from motorpool.core.columns import (
     ANY_REGION,
     JOB,
     LEASE,
+    MAX_MODELS,
     MAX_REGIONS,
     MODEL,
     NEVER,
@@ -28,13 +29,17 @@ from motorpool.core.columns import (
     Tables,
     empty,
     grown,
+    more,
 )
 from motorpool.core.ids import Ids
 from motorpool.core.jit import compiled
+from motorpool.errors import CapacityError
 
 FIRST_ROWS: Final = 64
 USUAL_WORK: Final = 256.0  # of a line of which nothing is known yet, work tokens
 LEASE_ROWS: Final = (1 << kernels.LEASE_ROW_BITS) - 1
+CLAIMED_MODELS: Final = 4_096  # vehicles may claim any name: names beyond so many are no model to the cell
+MAX_REASON_SETS: Final = 0xFFFF
 _REGIONS: Final = MAX_REGIONS + 1
 
 
@@ -68,9 +73,12 @@ class Cell:
             prices=np.full(_REGIONS, NONE, np.int32),
             speeds=np.zeros((4, _REGIONS, TIERS), np.int64),
             needs=np.zeros((4, _REGIONS, TIERS), np.int64),
-            free=np.array([0, 0, 1], np.int64),
+            tight=np.zeros((4, _REGIONS), np.int64),
+            free=np.array([0, 0, 1, 0], np.int64),
         )
-        self.long_incarnations: dict[int, str] = {}  # those that do not fit the table
+        self.other_incarnations: dict[int, str] = {}  # those that do not fit the table
+        self.reason_sets: list[int] = [0]  # sets of reasons, one bit a code, that vehicles have named
+        self._reason_sets: dict[int, int] = {0: 0}
         self.free_jobs: list[int] = list(range(FIRST_ROWS - 1, -1, -1))
 
     # -- rows ----------------------------------------------------------------------------------------------------------
@@ -79,8 +87,16 @@ class Cell:
         """The row of a vehicle, a new one if it is not known."""
         row = self.ids.add(vehicle_id)
         if row >= len(self.t.vehicles):
-            self.t = self.t._replace(vehicles=grown(self.t.vehicles, _more(len(self.t.vehicles))))
+            self.t = self.t._replace(vehicles=grown(self.t.vehicles, more(len(self.t.vehicles), FIRST_ROWS)))
         return row
+
+    def vehicles(self, vehicle_ids: list[str]) -> Ints:
+        """The rows of many vehicles, new ones for those that are not known."""
+        rows = self.ids.add_all(vehicle_ids)
+        if self.ids.rows > len(self.t.vehicles):
+            room = max(more(len(self.t.vehicles), FIRST_ROWS), self.ids.rows)
+            self.t = self.t._replace(vehicles=grown(self.t.vehicles, room))
+        return rows
 
     def find(self, vehicle_id: str) -> int:
         """The row of a vehicle, or NONE."""
@@ -99,6 +115,8 @@ class Cell:
                 self.model_names[row] = name
                 self._models[name] = row
                 return row
+        if len(self.model_names) == MAX_MODELS:
+            raise CapacityError(f"a cell has room for {MAX_MODELS:,} models", code="too_many_models")
         row = _numbered(name, self._models, self.model_names)
         if row >= len(self.t.models):
             models = 2 * len(self.t.models)
@@ -110,8 +128,24 @@ class Cell:
                 buckets=buckets,
                 speeds=np.concatenate((self.t.speeds, np.zeros((more, _REGIONS, TIERS), np.int64))),
                 needs=np.concatenate((self.t.needs, np.zeros((more, _REGIONS, TIERS), np.int64))),
+                tight=np.concatenate((self.t.tight, np.zeros((more, _REGIONS), np.int64))),
             )
         return row
+
+    def claimed_model(self, name: str) -> int:
+        """The row of a model that a vehicle says it has, or NONE: such names leave room for those of jobs."""
+        known = self._models.get(name)
+        if known is not None:
+            return known
+        if len(self.model_names) < CLAIMED_MODELS or self._unused_models():
+            return self.model(name)
+        return NONE
+
+    def _unused_models(self) -> bool:
+        """Whether every row has a name, and one of them nobody serves or asks for."""
+        models = self.t.models
+        full = len(self.model_names) == len(models)
+        return full and bool(((models["serving"] == 0) & (models["jobs"] == 0)).any())
 
     def find_model(self, name: str) -> int:
         """The row of a model, or NONE."""
@@ -224,10 +258,36 @@ class Cell:
     def more_leases(self) -> None:
         """The table of leases is full: it grows."""
         rows = len(self.t.leases)
-        leases = grown(self.t.leases, min(_more(rows), LEASE_ROWS))
+        leases = grown(self.t.leases, min(more(rows, FIRST_ROWS), LEASE_ROWS))
         leases["next"][rows:-1] = np.arange(rows + 1, len(leases))
         self.t.free[0] = rows
         self.t = self.t._replace(leases=leases)
+
+    def expires_ms(self, row: int) -> int:
+        """When a lease runs out."""
+        return int(self.t.leases["granted_ms"][row]) + int(self.t.leases["life_ms"][row])
+
+    def reason_set(self, bits: int) -> int:
+        """The number of a set of reasons: there are few, and a vehicle has room for a number.
+
+        When MAX_REASON_SETS are in use at one time, further ones count as none: they are only shown.
+        """
+        number = self._reason_sets.get(bits)
+        if number is None:
+            number = len(self.reason_sets)
+            if number == MAX_REASON_SETS:
+                used = np.zeros(MAX_REASON_SETS, np.bool_)
+                used[self.t.vehicles["reasons"]] = True
+                used[0] = True
+                if used.all():
+                    return 0
+                number = int(np.argmin(used))
+                del self._reason_sets[self.reason_sets[number]]
+                self.reason_sets[number] = bits
+            else:
+                self.reason_sets.append(bits)
+            self._reason_sets[bits] = number
+        return number
 
     def leases_of(self, v: int) -> list[int]:
         """The rows of a vehicle's leases, oldest first."""
@@ -246,18 +306,13 @@ class Cell:
     def forget_vehicle(self, v: int) -> None:
         """A vehicle that has no lease any more leaves the tables."""
         self.ids.remove(v)
-        self.long_incarnations.pop(v, None)
+        self.other_incarnations.pop(v, None)
         self.t.vehicles[v : v + 1] = empty(VEHICLE, 1)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the columns and the names of vehicles."""
         return sum(table.nbytes for table in self.t) + self.ids.nbytes
-
-
-def _more(rows: int) -> int:
-    """Half as much again: what stands empty costs memory too."""
-    return rows + max(FIRST_ROWS, rows // 2)
 
 
 def _leases(rows: int) -> npt.NDArray[Any]:

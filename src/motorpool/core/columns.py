@@ -1,8 +1,9 @@
 """The state of a cell in columns: one row a vehicle, lease, job, tenant, model and site, in numpy arrays of records.
 
-A row of a vehicle is 128 bytes, whatever the vehicle does. Units stand in the names; times are milliseconds since 1970;
-speeds are work tokens a second: a generated token counts 1, a token of a prompt 1/8, for reading is so much cheaper
-than writing.
+A row of a vehicle is 96 bytes, whatever the vehicle does: three parts of 32, of which a live request touches the first,
+a pull the first two. Rows begin at a line of the processor's cache, so no part lies across two of them. Units stand in
+the names; times are milliseconds or seconds since 1970; speeds are work tokens a second: a generated token counts 1, a
+token of a prompt 1/8, for reading is so much cheaper than writing.
 
 Called by: ``core.kernels`` and the tables around it. Must not: hold anything that a vehicle keeps to itself (place,
 identity of the car, trips).
@@ -33,6 +34,7 @@ WITHDRAWN: Final = 2  # the owner has taken the consent back
 WITHDRAWAL_SEEN: Final = 4  # and the vehicle knows it
 RESERVE: Final = 8  # paid for by the operator: it works only on what is behind
 DRAWING: Final = 16  # counted in its site's power
+STEP: Final = 32  # times 0 to 3: the risk of leaving at which it stands in its bucket
 
 # Flags of a lease.
 SEEN: Final = 1  # the vehicle has said that it holds it
@@ -54,57 +56,66 @@ NEVER: Final = 1 << 60
 ANY_REGION: Final = 0  # as a mask: every region will do
 MAX_REGIONS: Final = 63
 RISK_BUCKETS: Final = 4
+MAX_SEQ: Final = 0xFFFFFFFF  # an honest vehicle counts its reports; at one a second this lasts for 136 years
+MAX_UNTIL_S: Final = 0xFFFFFFFF  # the year 2106
+MAX_MODELS: Final = 1 << 15  # what the column of models holds
+MAX_AFTER_MS: Final = (1 << 31) - 1  # 24 days; no lease lives longer than an hour and its grace
+NOT_MISSING: Final = -(1 << 31)
+SLOW_GROWTH: Final = 65_536  # rows; larger tables grow by a sixteenth
+CACHE_LINE: Final = 64  # bytes
 
 VEHICLE: Final = np.dtype(
     [
-        ("seq", np.int64),
-        ("seen_ms", np.int64),
-        ("result_ms", np.int64),
-        ("blocked_until_ms", np.int64),
-        ("paused_until_ms", np.int64),
-        ("reasons", np.uint64),  # one bit a code
-        ("incarnation", "S16"),
-        ("speed", np.float32),  # measured, 0 while unknown
-        ("finished", np.float32),  # work since ``result_ms``
-        ("on_disk", np.uint32),  # models that it has, one bit a row; those beyond 32 are not switched to
-        ("counted_mtok_s", np.int32),  # its part of the speed at ``counted_place``
-        ("counted_place", np.int32),  # where in ``speeds`` it is counted, or NONE
-        ("model", np.int32),
-        ("lease", np.int32),  # the first of its leases
-        ("outstanding", np.int32),  # lines that it holds
         ("next", np.int32),  # of its bucket
         ("previous", np.int32),
-        ("bucket", np.int32),
-        ("site", np.uint16),
+        ("counted_place", np.int32),  # where in ``speeds`` it is counted, or NONE; with STEP it names the bucket
+        ("blocked_until_s", np.uint32),  # rounded up, as the next one: see ``until_s``
+        ("paused_until_s", np.uint32),
         ("slots", np.uint16),
         ("live", np.uint16),  # live requests placed here and not ended
-        ("permit_w", np.uint16),
-        ("stay_min", np.uint16),
-        ("outage_s", np.uint16),  # nine tenths of its silences are shorter
-        ("region", np.uint8),
-        ("risk_pct", np.uint8),  # of leaving within 15 minutes
         ("state", np.uint8),
         ("flags", np.uint8),
-        ("failures", np.uint8),  # since its last result
+        ("region", np.uint8),
+        ("risk_pct", np.uint8),  # of leaving within 15 minutes
         ("trust", np.uint8),
         ("memory_gb", np.uint8),
+        ("failures", np.uint8),  # since its last result
         ("narrowed", np.uint8),  # how often it has refused a grant as too much: each time the next one is halved
+        # -- 32
+        ("speed", np.float32),  # measured, 0 while unknown
+        ("finished", np.float32),  # work since ``result_ms``
+        ("counted_mtok_s", np.int32),  # its part of the speed at ``counted_place``
+        ("lease", np.int32),  # the first of its leases
+        ("outstanding", np.int32),  # lines that it holds
+        ("on_disk", np.uint32),  # models that it has, one bit a row; those beyond 32 are not switched to
+        ("model", np.int16),
+        ("site", np.uint16),
+        ("permit_w", np.uint16),
+        ("outage_s", np.uint16),  # nine tenths of its silences are shorter
+        # -- 64
+        ("seen_ms", np.int64),
+        ("result_ms", np.int64),
+        ("incarnation", np.uint64),  # of sixteen hexadecimal digits, or 0: it is another word, see ``core.fleet``
+        ("seq", np.uint32),  # MAX_SEQ stands for all that is larger: a second report with such a number is none
+        ("reasons", np.uint16),  # which of the cell's sets of reasons
+        ("stay_min", np.uint16),
     ],
     align=True,
 )
 LEASE: Final = np.dtype(
     [
         ("number", np.int64),  # unique within an epoch; NONE: the row is free
-        ("granted_ms", np.int64),
-        ("expires_ms", np.int64),
-        ("sent_ms", np.int64),
-        ("missing_ms", np.int64),  # since when its vehicle does not hold it any more, or NONE
-        ("vehicle", np.int32),
+        ("left", np.int32),
         ("job", np.int32),
+        ("next", np.int32),  # of its vehicle, or of the free rows
+        ("vehicle", np.int32),
+        ("granted_ms", np.int64),
+        # Since it was granted, MAX_AFTER_MS either way at most; before it only if the clock was set back in between.
+        ("life_ms", np.int32),  # after which it runs out
+        ("sent_after_ms", np.int32),
+        ("missing_after_ms", np.int32),  # since when its vehicle does not hold it any more, or NOT_MISSING
         ("first", np.int32),  # the lowest of its lines
         ("span", np.int32),  # and how far they reach
-        ("left", np.int32),
-        ("next", np.int32),  # of its vehicle, or of the free rows
         ("sends", np.uint8),
         ("flags", np.uint8),
     ],
@@ -165,17 +176,23 @@ class Tables(NamedTuple):
     prices: npt.NDArray[np.int32]  # micro a kWh now, by region
     speeds: Ints  # of present vehicles by (model, region, trust), thousandths of a work token a second
     needs: Ints  # the same: the speed of so much trust or more that keeps all promises which ask for it
-    free: Ints  # [0] the first free lease row, [1] how many leases were made, [2] how many regions have a name
+    tight: Ints  # the least time to spare of the jobs that wait, by (model, region), milliseconds
+    free: Ints  # the first free lease row; how many leases were made, and regions named; where recall looks next
 
 
 def empty(dtype: np.dtype[Any], rows: int) -> Records:
     """Rows that mean nothing yet."""
-    table = np.zeros(rows, dtype)
-    for name in ("lease", "next", "previous", "bucket", "counted_place", "model", "number", "missing_ms"):
+    size = rows * dtype.itemsize
+    room = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -int(room.ctypes.data) % CACHE_LINE
+    table: Records = room[start : start + size].view(dtype)
+    for name in ("lease", "next", "previous", "counted_place", "model", "number"):
         if dtype.names is not None and name in dtype.names:
             table[name] = NONE
     if dtype == VEHICLE:
         table["flags"] = OFFLINE
+    elif dtype == LEASE:
+        table["missing_after_ms"] = NOT_MISSING
     return table
 
 
@@ -184,3 +201,18 @@ def grown(table: Records, rows: int) -> Records:
     bigger = empty(table.dtype, rows)
     bigger[: len(table)] = table
     return bigger
+
+
+def more(rows: int, least: int) -> int:
+    """How many rows a full table gets: half as many again; a large one a sixteenth more, for empty rows cost too."""
+    return rows + max(least, rows // 2 if rows <= SLOW_GROWTH else rows // 16)
+
+
+def until_s(until_ms: int) -> int:
+    """A time from which on something is allowed, in whole seconds: never sooner than asked for."""
+    return min(max(-(-until_ms // 1000), 0), MAX_UNTIL_S)
+
+
+def after_ms(at_ms: int, granted_ms: int) -> int:
+    """A time as a lease holds it."""
+    return min(max(at_ms - granted_ms, -MAX_AFTER_MS), MAX_AFTER_MS)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from motorpool.core.ledger import Transfer
 from motorpool.core.pricing import Price, Shares
+from motorpool.core.sheets import Sheet
 from motorpool.types import Kind, ReturnReason
 from motorpool.wire import State
 
@@ -28,7 +29,8 @@ class JobStarted(Event, frozen=True, kw_only=True):
 
     Line ``i`` has a body of about ``lengths[i]`` bytes, and an answer of at most ``limits[i]`` tokens over its choices.
     ``regions``: where alone it may run, empty for anywhere. ``min_trust``: the least tier of a vehicle that may run it.
-    ``best_effort``: nothing is promised; it gets what others leave.
+    ``best_effort``: nothing is promised; it gets what others leave. ``memory_gb``: what a vehicle that says how much it
+    has must have, 10^9 bytes.
     """
 
     job_no: int
@@ -42,6 +44,7 @@ class JobStarted(Event, frozen=True, kw_only=True):
     limits: npt.NDArray[np.uint32]
     regions: tuple[str, ...] = ()
     min_trust: int = 0
+    memory_gb: int = 0
     best_effort: bool = False
 
 
@@ -56,6 +59,23 @@ class VehicleReported(Event, frozen=True, kw_only=True):
 
     vehicle_id: str
     state: State
+
+
+class SheetArrived(Event, frozen=True, kw_only=True):
+    """Reports of many vehicles, in the order of the sheet; ``relay`` sent them, and may speak for all of them.
+
+    ``refused``: its numbers of vehicles for which it may not, and whose reports were taken out.
+    """
+
+    relay: str
+    sheet: Sheet
+    refused: list[int] = []
+
+
+class FeedEnded(Event, frozen=True, kw_only=True):
+    """A relay may not speak any more, or not for the same vehicles: its numbers mean nothing from now on."""
+
+    relay: str
 
 
 class VehicleRevoked(Event, frozen=True, kw_only=True):
@@ -294,9 +314,15 @@ class SaveJobStatus(Command, frozen=True, kw_only=True):
 
 
 class PostTransfers(Command, frozen=True, kw_only=True):
-    """Money moves."""
+    """Money moves.
+
+    ``rests`` are those that have changed, as ``core.ledger`` names them. ``request_id`` is the live request that is
+    paid with this, if it is one: the books take each once.
+    """
 
     transfers: list[Transfer]
+    rests: dict[str, int] = {}
+    request_id: str = ""
 
 
 class Note(Command, frozen=True, kw_only=True):
@@ -341,6 +367,22 @@ class SendOwnerNews(Command, frozen=True, kw_only=True):
     vehicle_id: str
 
 
+class SheetTaken(Command, frozen=True, kw_only=True):
+    """Answer a relay: how many reports were applied, and the numbers of vehicles whose next one is wanted in full.
+
+    ``live``: vehicles in the sheet that run live requests. ``whole``: reports that came in full.
+    """
+
+    relay: str
+    feed: int
+    number: int
+    taken: int
+    wanted: list[int]
+    live: list[str]
+    whole: list[tuple[str, State]]
+    refused: list[int] = []
+
+
 class AssembleFiles(Command, frozen=True, kw_only=True):
     """Every line of the job has ended: write its output and error files."""
 
@@ -351,6 +393,8 @@ SchedulerEvent = (
     JobStarted
     | CancelAsked
     | VehicleReported
+    | SheetArrived
+    | FeedEnded
     | VehicleRevoked
     | OwnerSpoke
     | VehicleConfigured

@@ -25,6 +25,7 @@ NUMBER_OF_STATE: Final = {state: number for number, state in enumerate(STATES) i
 REASONS: Final = tuple(ReasonCode)
 BIT_OF_REASON: Final = {code: 1 << bit for bit, code in enumerate(REASONS)}
 UNKNOWN_BOUND: Final = 0xFFFF  # of the stay, in minutes
+INCARNATION_DIGITS: Final = 16
 
 
 def reasons_of(bits: int) -> list[ReasonCode]:
@@ -62,7 +63,7 @@ class Vehicle:
     @property
     def reasons(self) -> list[ReasonCode]:
         """Why it may not work."""
-        return reasons_of(self._number("reasons"))
+        return reasons_of(self._cell.reason_sets[self._number("reasons")])
 
     @property
     def model(self) -> str | None:
@@ -112,12 +113,12 @@ class Vehicle:
     @property
     def blocked_until_ms(self) -> int:
         """No work before: it has just handed some back."""
-        return self._number("blocked_until_ms")
+        return self._number("blocked_until_s") * 1000
 
     @property
     def paused_until_ms(self) -> int:
         """No work before, by its owner's word to the cell."""
-        return self._number("paused_until_ms")
+        return self._number("paused_until_s") * 1000
 
     @property
     def failures(self) -> int:
@@ -216,16 +217,22 @@ class Leases(Mapping[str, Lease]):
 
 
 def incarnation(cell: Cell, row: int) -> str:
-    """Of a vehicle's agent: short ones stand in the table, others beside it."""
-    return cell.long_incarnations.get(row) or bytes(cell.t.vehicles["incarnation"][row]).decode()
+    """Of a vehicle's agent: sixteen hexadecimal digits, as agents draw, stand in the table, other words beside it."""
+    number = int(cell.t.vehicles["incarnation"][row])
+    return f"{number:016x}" if number else cell.other_incarnations.get(row, "")
+
+
+def incarnation_number(value: str) -> int:
+    """Of a word that agents draw, which the table can hold; 0 of any other word."""
+    drawn = len(value) == INCARNATION_DIGITS and not value.strip("0123456789abcdef")
+    return int(value, 16) if drawn else 0
 
 
 def set_incarnation(cell: Cell, row: int, value: str) -> None:
     """Remember it."""
-    raw = value.encode()
-    fits = len(raw) <= cell.t.vehicles["incarnation"].itemsize and b"\0" not in raw
-    cell.t.vehicles["incarnation"][row] = raw if fits else b""
-    if fits:
-        cell.long_incarnations.pop(row, None)
-    else:
-        cell.long_incarnations[row] = value
+    number = incarnation_number(value)
+    cell.t.vehicles["incarnation"][row] = number
+    if number or not value:
+        cell.other_incarnations.pop(row, None)
+    else:  # sixteen zeros are such a word too
+        cell.other_incarnations[row] = value

@@ -11,15 +11,24 @@ import numpy as np
 
 from motorpool.core import events as ev
 from motorpool.core.cell import Cell
-from motorpool.core.columns import EXCUSED, IN_ORDER, NONE, READY, SHADOW, WORKING, Ints
+from motorpool.core.columns import EXCUSED, IN_ORDER, NONE, READY, SHADOW, WORKING, Floats, Ints, until_s
 from motorpool.core.fleet import Leases, Vehicles, incarnation
 from motorpool.core.jobs import DONE, LEASED, NOBODY, Job
-from motorpool.core.kernels import MAX_DEPTH_MS, NOTHING_WAITS, OK, QUEUE_FULL
+from motorpool.core.kernels import (
+    MANY,
+    MAX_DEPTH_MS,
+    MAX_LEASE_MS,
+    MIN_LEASE_MS,
+    NOTHING_WAITS,
+    OK,
+    QUEUE_FULL,
+    USUAL_DEPTH_MS,
+)
+from motorpool.core.ledger import Rests
+from motorpool.core.ledger import job as job_rest
 from motorpool.core.pricing import owner_pay
 from motorpool.wire import MAX_OFFLINE_MS
 
-MIN_LEASE_MS: Final = 300_000
-MAX_LEASE_MS: Final = 3_600_000
 FILL_EVERY_MS: Final = 100  # handed back lines are granted to others at most this often; and with each tick
 PLAN_EVERY_MS: Final = 1_000
 MAX_FILLED: Final = 4_096  # vehicles that are looked at in one go; the others with the next tick
@@ -48,6 +57,7 @@ class Granting:
         self.cell = Cell(fast=fast)
         self.jobs: dict[int, Job] = {}
         self.job_numbers: dict[str, int] = {}
+        self.rests = Rests()
         self.residency: dict[int, tuple[str, ...]] = {}  # regions that a job is bound to, by its number
         self.vehicles = Vehicles(self.cell)
         self.leases = Leases(self.cell, self.lease_row, self.lease_id, self.job_of)
@@ -57,6 +67,7 @@ class Granting:
         self._base: dict[int, dict[int, int]] = {}  # tokens of the checkpoints that came with a lease
         self._empty_leases: list[str] = []  # from the books, of which every line has ended
         self._filled_ms = -FILL_EVERY_MS
+        self.plan_every_ms = PLAN_EVERY_MS  # what vehicles get lines by is no older; a simulation of weeks takes longer
         self._planned_ms = -PLAN_EVERY_MS
         self._tails: list[Job] = []  # of which only the last lines run
         self._rows: Ints = np.zeros(MAX_RECALLED, np.int64)
@@ -108,7 +119,7 @@ class Granting:
             vehicle_id=self.cell.ids.name(v),
             incarnation=incarnation(self.cell, v),
             granted_ms=int(leases["granted_ms"][row]),
-            expires_ms=int(leases["expires_ms"][row]),
+            expires_ms=self.cell.expires_ms(row),
             lines=job.lines_of(row),
             base=self._base.get(row, {}),
         )
@@ -125,7 +136,7 @@ class Granting:
             incarnation=incarnation(self.cell, v),
             model=job.model,
             kind=job.kind,
-            ttl_ms=max(1, int(leases["expires_ms"][row]) - now_ms),
+            ttl_ms=max(1, self.cell.expires_ms(row) - now_ms),
             lines=job.lines_of(row),
             with_checkpoint=sorted(self._base.get(row, {})),
             # What comes after the window is worth nothing to anybody.
@@ -227,6 +238,7 @@ class Granting:
         del self.job_numbers[job.job_id]
         del self._by_row[job.row]
         self.residency.pop(job.job_no, None)
+        self.rests.drop(job_rest(job.job_id))
         self._unplanned = True
         job.leave()
         if job.cancelling_ms is None:
@@ -237,8 +249,8 @@ class Granting:
 
     def _wait(self, v: int, now_ms: int, times: int = 1) -> None:
         """Give a vehicle nothing for a while."""
-        blocked = self.cell.t.vehicles["blocked_until_ms"]
-        blocked[v] = max(int(blocked[v]), now_ms + BACKOFF_MS * times)
+        blocked = self.cell.t.vehicles["blocked_until_s"]
+        blocked[v] = max(int(blocked[v]), until_s(now_ms + BACKOFF_MS * times))
 
     def _failed(self, v: int, now_ms: int) -> None:
         """It had work and nothing came of it: wait, twice as long each time."""
@@ -261,13 +273,17 @@ class Granting:
         found = int(self.cell.k.recall(self.cell.t, now_ms, self._rows))
         return [self._revoke(int(row), keep_running=True) for row in self._rows[:found]]
 
-    def _fill_all(self, now_ms: int) -> Commands:
-        """Grant work to every vehicle whose queue is less than half full, in the order in which they first came."""
+    def _fill_all(self, now_ms: int, *, anew: bool = True) -> Commands:
+        """Grant work to every vehicle whose queue is less than half full, in the order in which they first came.
+
+        Not ``anew``: by the plan that there is, if it is young enough and has every job that waits.
+        """
         commands: Commands = []
         self._filled_ms = now_ms
         if not self.jobs:
             return commands
-        self._plan(now_ms)
+        if anew or self._unplanned or now_ms - self._planned_ms >= self.plan_every_ms:
+            self._plan(now_ms)
         t = self.cell.t
         if t.models["count"].any():
             for v in self._hungry(now_ms):
@@ -279,26 +295,41 @@ class Granting:
         return recalled
 
     def _hungry(self, now_ms: int) -> list[int]:
+        """Those that ``kernels.share`` may give lines to: their queue is half empty, or they hold few lines."""
         vehicles = self.cell.t.vehicles[: self.cell.ids.rows]
         state = vehicles["state"]
         may = ((state == READY) | (state == WORKING)) & (vehicles["counted_place"] != NONE)
-        may &= (vehicles["blocked_until_ms"] <= now_ms) & (vehicles["paused_until_ms"] <= now_ms)
+        now_s = now_ms // 1000
+        may &= (vehicles["blocked_until_s"] <= now_s) & (vehicles["paused_until_s"] <= now_s)
         rows = np.flatnonzero(may)
-        models = self.cell.t.models[vehicles["model"][rows]]
-        queued_ms = vehicles["outstanding"][rows] * models["work_per_line"] * 1000.0
-        rows = rows[(models["count"] > 0) & (2.0 * queued_ms <= vehicles["speed"][rows] * MAX_DEPTH_MS)]
+        model, held = vehicles["model"][rows], vehicles["outstanding"][rows]
+        many = self.cell.t.models["serving"][model] >= MANY
+        spare_ms = np.where(many, self.cell.t.tight[model, vehicles["region"][rows]] // 4, 0)
+        depth_ms = np.maximum(vehicles["outage_s"][rows].astype(np.float64) * 3000.0, spare_ms)
+        depth_ms = np.clip(depth_ms, USUAL_DEPTH_MS, MAX_DEPTH_MS)  # as ``kernels.depth_ms`` has it, at most
+        queued_ms = held * self._least_work()[model] * 999.0  # a little less than it is, for what rounding does
+        hungry = (held <= vehicles["slots"][rows]) | (2.0 * queued_ms <= vehicles["speed"][rows] * depth_ms)
+        rows = rows[(self.cell.t.models["count"][model] > 0) & hungry]
         return [int(row) for row in rows[:MAX_FILLED]]
+
+    def _least_work(self) -> Floats:
+        """The least that a line of any job takes, by model."""
+        jobs = self.cell.t.jobs
+        mine: Ints = np.array([job.row for job in self.jobs.values()], np.int64)
+        least: Floats = np.full(len(self.cell.t.models), np.inf)
+        np.minimum.at(least, jobs["model"][mine], jobs["work_per_line"][mine].astype(np.float64))
+        return np.where(np.isinf(least), 0.0, least)
 
     def _fill_soon(self, now_ms: int) -> Commands:
         """Grant what has just come back, unless that was done a moment ago: the next tick does it then."""
-        return self._fill_all(now_ms) if now_ms - self._filled_ms >= FILL_EVERY_MS else []
+        return self._fill_all(now_ms, anew=False) if now_ms - self._filled_ms >= FILL_EVERY_MS else []
 
     def _fill(self, v: int, now_ms: int) -> Commands:
         """Grant work when the vehicle's queue is less than half full."""
         cell = self.cell
         if not self.jobs or cell.k.why_not(cell.t, v, now_ms) != OK:
             return []
-        if now_ms - self._planned_ms >= PLAN_EVERY_MS:
+        if now_ms - self._planned_ms >= self.plan_every_ms:
             self._plan(now_ms)
         commands: Commands = []
         narrowed = int(cell.t.vehicles["narrowed"][v])
@@ -326,11 +357,9 @@ class Granting:
 
     def _expires_ms(self, job: Job, v: int, lines: list[int], now_ms: int) -> int:
         t = self.cell.t
-        speed = float(t.vehicles["speed"][v])
-        work = len(lines) * float(t.jobs["work_per_line"][job.row])
-        expected = work * 4000 / speed if speed else 0
+        expected_ms = int(self.cell.k.lease_ms(t, v, len(lines) * float(t.jobs["work_per_line"][job.row])))
         overruns = max((job.overruns[line] for line in lines if line in job.overruns), default=0)
-        return now_ms + int(min(max(MIN_LEASE_MS << overruns, expected), MAX_LEASE_MS))
+        return now_ms + min(max(MIN_LEASE_MS << overruns, expected_ms), MAX_LEASE_MS)
 
     def _lease_out(self, job: Job, v: int, lines: list[int], now_ms: int) -> Commands:
         expires_ms = self._expires_ms(job, v, lines, now_ms)

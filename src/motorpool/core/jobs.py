@@ -149,8 +149,14 @@ class Job:
         self.cursor = self.total
 
     def requeue(self) -> None:
-        """After a restart: what has not ended and is in no lease waits."""
-        self.again = np.flatnonzero(self.state == PENDING).tolist()
+        """After a restart: what has not ended and is in no lease waits.
+
+        Lines behind the last one that anybody ever had count as never granted: a number for each would take more room
+        than all the columns. One that somebody had may still come in, and is none of them.
+        """
+        touched = np.flatnonzero(self.state != PENDING)
+        self.cursor = max(int(touched[-1]) if len(touched) else -1, *self.carried, *self.held, -1) + 1
+        self.again = np.flatnonzero(self.state[: self.cursor] == PENDING).tolist()
 
     def put_back(self, lines: list[int]) -> None:
         """These leased lines wait again."""

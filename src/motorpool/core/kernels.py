@@ -23,7 +23,9 @@ from motorpool.core.columns import (
     BEST_EFFORT,
     CANCELLING,
     DRAWING,
+    MAX_AFTER_MS,
     NONE,
+    NOT_MISSING,
     OFFLINE,
     READY,
     RECALLED,
@@ -31,6 +33,7 @@ from motorpool.core.columns import (
     RESERVE,
     RISK_BUCKETS,
     SHADOW,
+    STEP,
     TIERS,
     WHOLE,
     WITHDRAWN,
@@ -40,7 +43,7 @@ from motorpool.core.columns import (
 )
 from motorpool.core.horizon import whole_ms
 from motorpool.core.jit import kernel
-from motorpool.core.planning import patience_ms, plan, spare, speed_at, waiting
+from motorpool.core.planning import COVERED, cover, patience_ms, plan, speed_at, waiting
 
 __all__ = ["patience_ms", "plan", "waiting"]  # they are kernels of this room too
 
@@ -53,11 +56,17 @@ MAX_LEAVING: Final = 0.05  # how likely it may be that a queue is cut short by a
 RISK_MS: Final = 900_000
 SLOTS_DEPTH: Final = 2  # while one line runs, the next one waits
 MAX_DEPTH_LINES: Final = 16_384
+MIN_LEASE_MS: Final = 300_000
+MAX_LEASE_MS: Final = 3_600_000
 TURNS: Final = 10  # a job has time for the usual lease if it has time for so many
 OUTAGE_S: Final = 30  # a silence of less is the usual pause between two reports
+MAX_OUTAGE_S: Final = 1_800  # and one of more no gap in the network: the car was away or asleep
+RECALL_ROWS: Final = 4_096  # of leases that one look for late ones goes through, and
+RECALL_PARTS: Final = 30  # in so many looks it goes through all
 LEASE_ROW_BITS: Final = 24  # of a lease's number: its row; the rest says which of the leases that had it
 WHOLE_TARGET: Final = 0.9  # how probable it must be that work which is done in one go ends in time
 SWITCH_STAY: Final = 10
+BETTER: Final = 0.1  # by how much more a vehicle must leave its model covered than the other one is
 TIGHT: Final = 2  # of a job whose time is less than so many queues, stayers get the lines first
 STAYER_RISK_PCT: Final = 5
 MAX_LIVE_PER_SLOT: Final = 64
@@ -118,9 +127,9 @@ def why_not(t: Tables, v: int, now_ms: int) -> int:
         return NOT_PRESENT
     if not present(t, v):
         return NOT_PERMITTED
-    if now_ms < int(t.vehicles["paused_until_ms"][v]):
+    if now_ms < int(t.vehicles["paused_until_s"][v]) * 1000:
         return PAUSED
-    if now_ms < int(t.vehicles["blocked_until_ms"][v]):
+    if now_ms < int(t.vehicles["blocked_until_s"][v]) * 1000:
         return BLOCKED
     return OK
 
@@ -130,7 +139,7 @@ def recount(t: Tables, v: int) -> None:
     """Keep the counts of the vehicle's model, and its bucket, true after the vehicle has changed."""
     vehicles, models = t.vehicles, t.models
     model = int(vehicles["model"][v]) if present(t, v) else NONE
-    place, mtok_s = NONE, 0
+    place, mtok_s, bucket = NONE, 0, NONE
     regions = t.speeds.shape[1]
     if model != NONE:
         region, trust = int(vehicles["region"][v]), min(int(vehicles["trust"][v]), TIERS - 1)
@@ -138,7 +147,11 @@ def recount(t: Tables, v: int) -> None:
         # What can be counted on for half an hour: whoever is about to leave counts for less.
         stays_pct = max(100 - int(vehicles["risk_pct"][v]), 0)
         mtok_s = min(int(float(vehicles["speed"][v]) * 0.1 * stays_pct * stays_pct), 2_000_000_000)
+        bucket = bucket_of(t, v)
     before, mtok_s_before = int(vehicles["counted_place"][v]), int(vehicles["counted_mtok_s"][v])
+    stood = NONE
+    if before != NONE:
+        stood = before // TIERS * RISK_BUCKETS + int(vehicles["flags"][v]) // STEP % RISK_BUCKETS
     if before != place or mtok_s_before != mtok_s:
         if before != NONE:
             m = before // (regions * TIERS)
@@ -151,9 +164,9 @@ def recount(t: Tables, v: int) -> None:
             t.speeds[model, place // TIERS % regions, place % TIERS] += mtok_s
         vehicles["counted_place"][v] = place
         vehicles["counted_mtok_s"][v] = mtok_s
-    bucket = bucket_of(t, v) if model != NONE else NONE
-    if bucket != int(vehicles["bucket"][v]):
-        _leave_bucket(t, v)
+    if bucket != stood:
+        if stood != NONE:
+            _leave_bucket(t, v, stood)
         if bucket != NONE:
             _enter_bucket(t, v, bucket)
 
@@ -175,7 +188,8 @@ def _enter_bucket(t: Tables, v: int, bucket: int) -> None:
     """At the end of a ring, whose head is the next to be looked at."""
     vehicles = t.vehicles
     head = int(t.buckets[bucket])
-    vehicles["bucket"][v] = bucket
+    step = bucket % RISK_BUCKETS
+    vehicles["flags"][v] = int(vehicles["flags"][v]) & ~((RISK_BUCKETS - 1) * STEP) | step * STEP
     if head == NONE:
         t.buckets[bucket] = v
         vehicles["next"][v] = v
@@ -189,11 +203,8 @@ def _enter_bucket(t: Tables, v: int, bucket: int) -> None:
 
 
 @kernel
-def _leave_bucket(t: Tables, v: int) -> None:
+def _leave_bucket(t: Tables, v: int, bucket: int) -> None:
     vehicles = t.vehicles
-    bucket = int(vehicles["bucket"][v])
-    if bucket == NONE:
-        return
     after, before = int(vehicles["next"][v]), int(vehicles["previous"][v])
     if after == v:
         t.buckets[bucket] = NONE
@@ -202,7 +213,6 @@ def _leave_bucket(t: Tables, v: int) -> None:
         vehicles["previous"][after] = before
         if int(t.buckets[bucket]) == v:
             t.buckets[bucket] = after
-    vehicles["bucket"][v] = NONE
     vehicles["next"][v] = NONE
     vehicles["previous"][v] = NONE
 
@@ -246,7 +256,7 @@ def place(t: Tables, model: int, region: int, now_ms: int, tried: Ints) -> int:
 @kernel
 def _live_load(t: Tables, v: int, now_ms: int, tried: Ints) -> float:
     """Live requests on a slot of this vehicle, or -1 if it cannot take one more."""
-    if why_not(t, v, now_ms) != OK:
+    if why_not(t, v, now_ms) != OK or not site_has_room(t, v):
         return -1.0
     for place_no in range(len(tried)):
         if int(tried[place_no]) == v:
@@ -284,13 +294,14 @@ def learn_speed(t: Tables, v: int, work: float, since_ms: int, now_ms: int) -> N
 
 
 @kernel
-def depth_ms(outage_s: int, risk_pct: int, slack_ms: int) -> int:
-    """How much work a vehicle's queue should hold, as time.
+def depth_ms(outage_s: int, risk_pct: int, slack_ms: int, tight_ms: int) -> int:
+    """How much work a vehicle's queue should hold, as time, from two to fifteen minutes.
 
-    Three times its usual silence, between two and fifteen minutes; a quarter of the job's time to spare at most; and no
-    more than the car stays for with 95 %.
+    A quarter of the time that the most urgent job has to spare which waits for such vehicles (``tight_ms``), and no
+    less than three times the vehicle's usual silence; but at most a quarter of what the job itself has to spare
+    (``slack_ms``), and no more than the car stays for with 95 %.
     """
-    depth = min(max(USUAL_DEPTH_MS, 3000 * outage_s), MAX_DEPTH_MS)
+    depth = min(max(USUAL_DEPTH_MS, 3000 * outage_s, min(slack_ms, tight_ms) // 4), MAX_DEPTH_MS)
     depth = min(depth, max(slack_ms // 4, MIN_DEPTH_MS))
     if risk_pct > 0:
         hazard = -math.log(max(1.0 - risk_pct / 100.0, 0.001))
@@ -311,7 +322,7 @@ def refusal(t: Tables, v: int, j: int) -> int:
         return OTHER_REGION
     if int(vehicles["trust"][v]) < int(jobs["min_trust"][j]):
         return TOO_LITTLE_TRUST
-    if int(vehicles["memory_gb"][v]) < int(jobs["memory_gb"][j]):
+    if 0 < int(vehicles["memory_gb"][v]) < int(jobs["memory_gb"][j]):  # one that does not say serves the model already
         return TOO_LITTLE_MEMORY
     if int(vehicles["flags"][v]) & RESERVE != 0 and flags & BEHIND == 0:
         return ONLY_RESERVE
@@ -338,8 +349,7 @@ def switch_to(t: Tables, v: int, idle: bool) -> int:
     region = int(vehicles["region"][v])
     speed = int(vehicles["counted_mtok_s"][v])
     trust = min(int(vehicles["trust"][v]), TIERS - 1)
-    if not idle and spare(t, own, region, trust) < speed:
-        return NONE
+    left = COVERED if idle else cover(t, own, region, trust, speed) - BETTER
     on_disk = int(vehicles["on_disk"][v])
     best, best_want = NONE, 0.0
     for m in range(min(len(models), 32)):
@@ -347,11 +357,12 @@ def switch_to(t: Tables, v: int, idle: bool) -> int:
             continue
         if int(vehicles["stay_min"][v]) * 60_000 < SWITCH_STAY * int(models["load_ms"][m]):
             continue
-        short = -spare(t, m, region, trust)
-        want = float(models["waiting_work"][m]) / (speed_at(t, m, region) + 1000)
-        if short > 0:
-            want = 1e12 + short
-        elif not idle:
+        covered = cover(t, m, region, trust, 0)
+        if covered < min(left, 1.0):
+            want = 1e12 * (2.0 - covered)
+        elif idle:
+            want = float(models["waiting_work"][m]) / (speed_at(t, m, region) + 1000)
+        else:
             continue
         if want > best_want and _finds_work(t, v, m):
             best, best_want = m, want
@@ -383,15 +394,30 @@ def _may_be_whole(t: Tables, v: int, j: int) -> bool:
 @kernel
 def queue_ms(t: Tables, v: int) -> int:
     """How long a vehicle will be busy with what it holds, at its measured speed; 0 while that is not known."""
+    return through_ms(t, v, int(t.vehicles["lease"][v]))
+
+
+@kernel
+def through_ms(t: Tables, v: int, row: int) -> int:
+    """How long it takes until a vehicle is through one of its leases: those that are older come first."""
     speed = float(t.vehicles["speed"][v])
     if speed <= 0.0:
         return 0
     work = 0.0
-    row = int(t.vehicles["lease"][v])
     while row != NONE:
         work += int(t.leases["left"][row]) * float(t.jobs["work_per_line"][int(t.leases["job"][row])])
         row = int(t.leases["next"][row])
     return int(work * 1000.0 / speed)
+
+
+@kernel
+def lease_ms(t: Tables, v: int, work: float) -> int:
+    """How long a new lease of so much work may take: four times what is expected, with what comes before it."""
+    speed = float(t.vehicles["speed"][v])
+    if speed <= 0.0:
+        return MIN_LEASE_MS
+    expected_ms = queue_ms(t, v) + int(min(work * 1000.0 / speed, 1e12))
+    return min(max(4 * expected_ms, MIN_LEASE_MS), MAX_LEASE_MS)
 
 
 @kernel
@@ -416,7 +442,9 @@ def share(t: Tables, v: int, j: int) -> int:
     speed, per_line = float(vehicles["speed"][v]), float(jobs["work_per_line"][j])
     if speed <= 0.0 or per_line <= 0.0:
         return least - outstanding if outstanding <= least // 2 else 0
-    depth = depth_ms(int(vehicles["outage_s"][v]), int(vehicles["risk_pct"][v]), int(jobs["slack_ms"][j]))
+    # Few vehicles get short queues: customers take turns by queues.
+    tight_ms = int(t.tight[int(vehicles["model"][v]), int(vehicles["region"][v])]) if serving >= MANY else 0
+    depth = depth_ms(int(vehicles["outage_s"][v]), int(vehicles["risk_pct"][v]), int(jobs["slack_ms"][j]), tight_ms)
     busy_ms = queue_ms(t, v)
     line_ms = per_line * 1000.0 / speed
     chunk_ms = CHUNK_MS if serving >= MANY and int(jobs["slack_ms"][j]) > TURNS * CHUNK_MS else 0
@@ -497,11 +525,11 @@ def site_has_room(t: Tables, v: int) -> bool:
 
 @kernel
 def draw(t: Tables, v: int) -> None:
-    """Keep what a site gives true after a vehicle has got its first line or lost its last."""
+    """Keep what a site gives true after a vehicle has got its first line or live request, or lost its last."""
     vehicles, sites = t.vehicles, t.sites
     site = int(vehicles["site"][v])
     flags = int(vehicles["flags"][v])
-    draws = int(vehicles["outstanding"][v]) > 0
+    draws = int(vehicles["outstanding"][v]) > 0 or int(vehicles["live"][v]) > 0
     if site == 0 or draws == (flags & DRAWING != 0):
         return
     if draws:
@@ -525,9 +553,9 @@ def open_lease(t: Tables, v: int, j: int, count: int, work: float, now_ms: int, 
     leases["number"][row] = (int(t.free[1]) << LEASE_ROW_BITS) + row
     t.free[1] += 1
     leases["granted_ms"][row] = now_ms
-    leases["expires_ms"][row] = expires_ms
-    leases["sent_ms"][row] = now_ms
-    leases["missing_ms"][row] = NONE
+    leases["life_ms"][row] = min(max(expires_ms - now_ms, 0), MAX_AFTER_MS)
+    leases["sent_after_ms"][row] = 0
+    leases["missing_after_ms"][row] = NOT_MISSING
     leases["vehicle"][row] = v
     leases["job"][row] = j
     leases["first"][row] = 0
@@ -544,6 +572,27 @@ def open_lease(t: Tables, v: int, j: int, count: int, work: float, now_ms: int, 
     t.tenants["used"][int(t.jobs["tenant"][j])] += work
     draw(t, v)
     return row
+
+
+@kernel
+def open_leases(
+    t: Tables, begun: int, v: Ints, j: Ints, held: Ints, granted_ms: Ints, expires_ms: Ints, rows: Ints
+) -> int:
+    """Leases from the books, in columns, from the one numbered ``begun`` on; their rows into ``rows``.
+
+    ``held`` [3, leases]: how many lines, the lowest, how far they reach. How many leases are done in all: fewer than
+    there are if the table has to grow first.
+    """
+    for n in range(begun, len(v)):
+        left = int(held[0, n])
+        work = left * float(t.jobs["work_per_line"][int(j[n])])
+        row = open_lease(t, int(v[n]), int(j[n]), left, work, int(granted_ms[n]), int(expires_ms[n]))
+        if row == NONE:
+            return n
+        t.leases["first"][row] = int(held[1, n])
+        t.leases["span"][row] = int(held[2, n])
+        rows[n] = row
+    return len(v)
 
 
 @kernel
@@ -582,27 +631,37 @@ def recall(t: Tables, now_ms: int, out: Ints) -> int:
     """Leases from which the lines that are not begun should come back, into ``out``; how many they are.
 
     Those whose vehicle would not be through its queue, and a quarter more, before the job ends: it is slower than was
-    thought. Each lease is recalled once.
+    thought. Each lease is recalled once. Of a large table each call looks at the next part.
     """
-    leases, jobs = t.leases, t.jobs
+    leases = t.leases
     found = 0
-    for row in range(len(leases)):
+    rows = len(leases)
+    row = int(t.free[3]) % rows
+    for _ in range(min(rows, max(RECALL_ROWS, rows // RECALL_PARTS))):
         if found == len(out):
             break
-        if int(leases["number"][row]) == NONE or int(leases["flags"][row]) & (RECALLED | SHADOW) != 0:
-            continue
-        j, v = int(leases["job"][row]), int(leases["vehicle"][row])
-        if int(jobs["flags"][j]) & (BEST_EFFORT | WHOLE | CANCELLING) != 0 or not present(t, v):
-            continue
-        if int(leases["left"][row]) <= max(1, int(t.vehicles["slots"][v])):
-            continue
-        busy_ms = queue_ms(t, v)
-        if now_ms + busy_ms + busy_ms // 4 <= int(jobs["expires_ms"][j]):
-            continue
-        leases["flags"][row] = int(leases["flags"][row]) | RECALLED
-        out[found] = row
-        found += 1
+        if int(leases["number"][row]) != NONE and _is_late(t, row, now_ms):
+            leases["flags"][row] = int(leases["flags"][row]) | RECALLED
+            out[found] = row
+            found += 1
+        row = row + 1 if row + 1 < rows else 0
+    t.free[3] = row
     return found
+
+
+@kernel
+def _is_late(t: Tables, row: int, now_ms: int) -> bool:
+    """Whether a lease should be recalled."""
+    leases, jobs = t.leases, t.jobs
+    j = int(leases["job"][row])
+    left_ms = int(jobs["expires_ms"][j]) - now_ms
+    if left_ms > 2 * MAX_DEPTH_MS or int(leases["flags"][row]) & (RECALLED | SHADOW) != 0:
+        return False
+    v = int(leases["vehicle"][row])
+    if int(jobs["flags"][j]) & (BEST_EFFORT | WHOLE | CANCELLING) != 0 or not present(t, v):
+        return False
+    busy_ms = through_ms(t, v, row)
+    return busy_ms + busy_ms // 4 > left_ms
 
 
 @kernel
@@ -631,9 +690,9 @@ def report(t: Tables, v: int, state: int, model: int, region: int, slots: int, p
     vehicles = t.vehicles
     flags = int(vehicles["flags"][v])
     silent_s = (now_ms - int(vehicles["seen_ms"][v])) // 1000
-    if int(vehicles["seen_ms"][v]) > 0 and silent_s > OUTAGE_S:
+    if int(vehicles["seen_ms"][v]) > 0 and OUTAGE_S < silent_s <= MAX_OUTAGE_S:
         known = int(vehicles["outage_s"][v])  # rises at once to a longer silence, and falls slowly
-        vehicles["outage_s"][v] = min(max(silent_s, known - known // 8), 3_600)
+        vehicles["outage_s"][v] = max(silent_s, known - known // 8)
     if flags & DRAWING != 0:
         site = int(vehicles["site"][v])
         t.sites["used_w"][site] += permit_w - int(vehicles["permit_w"][v])

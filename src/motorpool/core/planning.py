@@ -25,13 +25,15 @@ from motorpool.core.columns import (
     Ints,
     Tables,
 )
-from motorpool.core.jit import kernel
+from motorpool.core.jit import allocating_kernel, kernel
 
 SILENT_MS: Final = 20_000  # no report for so long: a vehicle is taken for gone
 PATIENCE_MS: Final = 180_000  # and so long what has time is left to it: most silences of a network are over by then
 MAX_PATIENCE_MS: Final = 1_800_000
 MARGIN: Final = 1.3  # of the time that work is expected to take
-MARGIN_MS: Final = 600_000
+COVERED: Final = 1e6
+ALLOW_MS: Final = 60_000  # before its end a job should be done
+MARGIN_MS: Final = 1_800_000  # with less to spare jobs go strictly by their end
 
 
 @kernel
@@ -58,7 +60,7 @@ def patience_ms(t: Tables, j: int) -> int:
     return min(max(int(t.jobs["slack_ms"][j]) // 8, PATIENCE_MS), MAX_PATIENCE_MS)
 
 
-@kernel
+@allocating_kernel
 def plan(t: Tables, rows: Ints, now_ms: int) -> None:
     """Order the jobs of each model. ``rows``: those of all jobs that are not cancelled, the older first.
 
@@ -70,6 +72,8 @@ def plan(t: Tables, rows: Ints, now_ms: int) -> None:
         models["first"][m] = 0
         models["count"][m] = 0
         models["waiting_work"][m] = 0.0
+        for region in range(int(t.free[2])):
+            t.tight[m, region] = NEVER
     keys = np.empty(len(rows), np.int64)
     for place_no in range(len(rows)):
         keys[place_no] = int(jobs["expires_ms"][rows[place_no]])
@@ -119,7 +123,7 @@ def _enter_order(t: Tables, by_end: Ints, start: int, stop: int, filled: int) ->
     return filled
 
 
-@kernel
+@allocating_kernel
 def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
     """The time to spare of each job if those that end sooner go first; the end of those that must go by their end.
 
@@ -151,11 +155,15 @@ def _slack(t: Tables, by_end: Ints, start: int, stop: int, now_ms: int) -> int:
             if can[region] > 0.0:
                 waits += before[region, 0]
                 for tier in range(min(int(jobs["min_trust"][j]), TIERS - 1) + 1):
-                    need = MARGIN * before[region, tier] * 1_000_000.0 / max(time_ms - MARGIN_MS // 10, 60_000)
+                    need = MARGIN * before[region, tier] * 1_000_000.0 / max(time_ms - ALLOW_MS, 60_000)
                     t.needs[model, region, tier] = max(int(t.needs[model, region, tier]), int(min(need, 1e15)))
         need_ms = int(min(MARGIN * waits * 1000.0 / tokens_s, 1e15)) if tokens_s > 0.0 else 0
         slack_ms = time_ms - need_ms
         jobs["slack_ms"][j] = slack_ms
+        if waiting(t, j) > 0:
+            for region in range(regions):
+                if can[region] > 0.0:
+                    t.tight[model, region] = min(int(t.tight[model, region]), slack_ms)
         flags = int(jobs["flags"][j]) & ~(BEHIND | RELAXED)
         if slack_ms < 0:
             flags |= BEHIND
@@ -198,17 +206,18 @@ def _spread(t: Tables, j: int, work: float, scale: float, before: Floats, can: F
 
 
 @kernel
-def spare(t: Tables, model: int, region: int, trust: int) -> int:
-    """The speed by which the vehicles of a region that have a model exceed what its promises need.
+def cover(t: Tables, model: int, region: int, trust: int, less: int) -> float:
+    """How much of the speed that the promises of a region need its vehicles with a model have, ``less`` taken away.
 
-    Thousandths of a work token a second; the least over all tiers that a vehicle of this trust counts for; below zero
-    where promises are in danger.
+    The least over all tiers that a vehicle of this trust counts for; below 1 promises are in danger; COVERED where none
+    needs anything. ``less``: thousandths of a work token a second.
     """
-    have, least = 0, NEVER
+    have, least = 0, COVERED
     for tier in range(TIERS - 1, -1, -1):
         have += int(t.speeds[model, region, tier])
-        if tier <= trust:
-            least = min(least, have - int(t.needs[model, region, tier]))
+        need = int(t.needs[model, region, tier])
+        if tier <= trust and need > 0:
+            least = min(least, max(have - less, 0) / need)
     return least
 
 
@@ -221,7 +230,7 @@ def speed_at(t: Tables, model: int, region: int) -> int:
     return total
 
 
-@kernel
+@allocating_kernel
 def _take_turns(t: Tables, by_end: Ints, strict: int, stop: int) -> None:
     """Order a part of the jobs by what their customers have had, and those of one customer by their end."""
     if stop - strict < 2:

@@ -1,6 +1,8 @@
-"""What a finished line costs its customer and pays its owners.
+"""What finished work costs its customer and pays its owners, exactly: nothing is rounded here.
 
-Decides: rounding and shares. Must not: know accounts or store anything. Called by: ``core.scheduler``.
+Decides: prices and shares. Amounts are ``_atto``, 10^-18 of the currency unit: a token is worth whole numbers of them
+whatever the price is, and so is the owners' part of it. ``core.ledger`` makes millionths of them. Must not: know
+accounts or store anything. Called by: ``core.scheduler``.
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ from typing import Final
 import msgspec
 
 TOKENS_PER_PRICE: Final = 1_000_000
+ATTO_PER_MICRO: Final = 10**12
+WHOLE_BP: Final = 10_000
+_ATTO: Final = ATTO_PER_MICRO // TOKENS_PER_PRICE  # in one millionth for a million tokens, for each token
+_ATTO_BP: Final = _ATTO // WHOLE_BP
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,16 +28,15 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 def owner_pay(price: Price) -> tuple[int, int]:
     """What owners get for a million prompt and a million generated tokens, so that a vehicle can reckon with it."""
-    return price.input_micro * price.owner_share_bp // 10_000, price.output_micro * price.owner_share_bp // 10_000
+    return price.input_micro * price.owner_share_bp // WHOLE_BP, price.output_micro * price.owner_share_bp // WHOLE_BP
 
 
 Shares = list[tuple[str, int]]  # which vehicle generated how many tokens, in the order in which it happened
 
 
-def cost_micro(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
-    """What the customer pays for one line, rounded half up."""
-    exact = prompt_tokens * price.input_micro + completion_tokens * price.output_micro
-    return (exact + TOKENS_PER_PRICE // 2) // TOKENS_PER_PRICE
+def cost_atto(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
+    """What the customer owes for one answer."""
+    return (prompt_tokens * price.input_micro + completion_tokens * price.output_micro) * _ATTO
 
 
 def trim(shares: Shares, tokens: int) -> Shares:
@@ -54,19 +59,13 @@ def extend(shares: Shares, vehicle_id: str, tokens: int) -> Shares:
     return [*shares, (vehicle_id, tokens)]
 
 
-def split(price: Price, cost: int, prompt_tokens: int, finisher: str, shares: Shares) -> dict[str, int]:
-    """How the owners' part of ``cost`` is divided, in millionths: by the value of what each vehicle did.
+def split_atto(price: Price, prompt_tokens: int, finisher: str, shares: Shares) -> dict[str, int]:
+    """What is owed to the owner of each vehicle for one answer: its tokens are those of ``shares``.
 
-    The vehicle that finished the line counts for the prompt; each counts for the tokens that it generated. What
-    rounding leaves goes to the finisher, so the parts add up to the owners' part exactly.
+    The vehicle that finished it has read the prompt; each has generated its share. Together it is the owners' part of
+    ``cost_atto``, to the last one.
     """
-    pool = cost * price.owner_share_bp // 10_000
-    weights: dict[str, int] = {finisher: prompt_tokens * price.input_micro}
+    worth = {finisher: prompt_tokens * price.input_micro}
     for vehicle_id, tokens in shares:
-        weights[vehicle_id] = weights.get(vehicle_id, 0) + tokens * price.output_micro
-    total = sum(weights.values())
-    if total == 0 or len(weights) == 1:
-        return {finisher: pool}
-    parts = {vehicle_id: pool * weight // total for vehicle_id, weight in weights.items()}
-    parts[finisher] += pool - sum(parts.values())
-    return parts
+        worth[vehicle_id] = worth.get(vehicle_id, 0) + tokens * price.output_micro
+    return {vehicle_id: each * price.owner_share_bp * _ATTO_BP for vehicle_id, each in worth.items()}

@@ -12,10 +12,11 @@ from motorpool.core.accepted import Accepted
 from motorpool.core.attribution import co2_ug
 from motorpool.core.carbon import grams_per_kwh
 from motorpool.core.columns import NONE
-from motorpool.core.granting import MAX_LEASE_MS, Commands, Granting
+from motorpool.core.granting import Commands, Granting
 from motorpool.core.jobs import DONE, NOBODY, Job
-from motorpool.core.ledger import settle
-from motorpool.core.pricing import Shares, cost_micro, extend, split, trim
+from motorpool.core.kernels import MAX_LEASE_MS
+from motorpool.core.ledger import customer, settle
+from motorpool.core.pricing import Shares, cost_atto, extend, split_atto, trim
 from motorpool.types import ReturnReason
 
 MAX_STRIKES: Final = 3
@@ -36,7 +37,7 @@ class Results(Granting):
         if event.lease_id in job.expelled:
             return []
         v = self.cell.vehicle(event.vehicle_id)
-        accepted = Accepted(vehicle_id=event.vehicle_id, intensity_g_kwh=self._grams_per_kwh(v))
+        accepted = Accepted(event.vehicle_id, self._grams_per_kwh(v), self.rests)
         lease = self.lease_row(event.lease_id)
         ended: dict[int, list[int]] = {}  # lines to remove, by the lease that holds them
         again: list[int] = []
@@ -157,7 +158,7 @@ class Results(Granting):
         for line in stuck:  # some answers show nothing before their end: they get more time, and blame only then
             job.overruns[line] = job.overruns.get(line, 0) + 1
         leases = self.cell.t.leases
-        longest = int(leases["expires_ms"][row]) - int(leases["granted_ms"][row]) >= MAX_LEASE_MS
+        longest = int(leases["life_ms"][row]) >= MAX_LEASE_MS
         return stuck if longest else []
 
     def _give_up(self, job: Job, lines: list[int]) -> Commands:
@@ -224,10 +225,17 @@ class Results(Granting):
 
     def _live_ended(self, event: ev.LiveEnded, now_ms: int) -> Commands:
         del now_ms
-        cost = cost_micro(event.price, event.prompt_tokens, event.completion_tokens)
-        parts = split(event.price, cost, event.prompt_tokens, event.finisher, event.shares)
+        cost = cost_atto(event.price, event.prompt_tokens, event.completion_tokens)
+        transfers = settle(
+            self.rests,
+            cause_id=event.request_id,
+            account=event.account,
+            cost_micro=self.rests.add(customer(event.account), cost),
+            owners_atto=split_atto(event.price, event.prompt_tokens, event.finisher, event.shares),
+            reference=event.request_id,
+        )
         commands: Commands = [
-            ev.PostTransfers(transfers=settle(event.request_id, event.account, cost, parts, event.request_id))
+            ev.PostTransfers(transfers=transfers, rests=self.rests.changed(), request_id=event.request_id)
         ]
         commands += [
             ev.SaveVehicleCounts(vehicle_id=vehicle_id, tokens_generated=tokens) for vehicle_id, tokens in event.shares

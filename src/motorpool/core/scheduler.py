@@ -26,19 +26,27 @@ from motorpool.core import events as ev
 from motorpool.core.columns import (
     CANCELLING,
     EXCUSED,
+    MAX_AFTER_MS,
+    MAX_SEQ,
     NONE,
+    NOT_MISSING,
     OFFLINE,
     SEEN,
     WITHDRAWAL_SEEN,
     WITHDRAWN,
+    Ints,
+    after_ms,
+    until_s,
 )
-from motorpool.core.fleet import BIT_OF_REASON, NUMBER_OF_STATE, STATES, incarnation, reasons_of, set_incarnation
-from motorpool.core.granting import BACKOFF_MS, MAX_LEASE_MS, MIN_LEASE_MS, Commands
+from motorpool.core.fleet import BIT_OF_REASON, NUMBER_OF_STATE, incarnation, set_incarnation
+from motorpool.core.granting import BACKOFF_MS, Commands
 from motorpool.core.jobs import DONE, PENDING, Job
+from motorpool.core.kernels import MAX_LEASE_MS, MIN_LEASE_MS
 from motorpool.core.planning import SILENT_MS
 from motorpool.core.pricing import Shares
+from motorpool.core.recovery import Recovery
+from motorpool.core.reporting import Feeds, Ground, in_words
 from motorpool.core.results import MAX_STRIKES, MAX_STRIKES_IN_ALL
-from motorpool.core.terms import Terms
 from motorpool.types import ReasonCode, VehicleState
 from motorpool.wire import State
 
@@ -54,18 +62,22 @@ CANCEL_GRACE_MS: Final = 600_000  # lines that run when a job is cancelled may f
 SETTLE_MS: Final = 15_000  # after a start no window closes for so long: what was finished in time may still arrive
 MAX_MINUTES: Final = 0xFFFE
 MAX_SLOTS: Final = 0xFFFF
+ON_DISK_ROWS: Final = 32  # models that a vehicle's row has a bit for
 
 
-class Scheduler(Terms):
+class Scheduler(Recovery):
     """The state of one cell's scheduling."""
 
     def __init__(self, epoch: int = 0, *, fast: bool = False) -> None:
         super().__init__(epoch, fast=fast)
         self._settled_ms = 0
+        self.feeds = Feeds(self.cell, Ground(self._vehicle_reported, self._fill, self.lease_id, self._mood))
         self._handlers: dict[type, Callable[[Any, int], Commands]] = {
             ev.JobStarted: self._job_started,
             ev.CancelAsked: self._cancel_asked,
             ev.VehicleReported: self._vehicle_reported,
+            ev.SheetArrived: self.feeds.take,
+            ev.FeedEnded: self.feeds.end,
             ev.VehicleRevoked: self._vehicle_revoked,
             ev.OwnerSpoke: self._owner_spoke,
             ev.VehicleConfigured: self._vehicle_configured,
@@ -109,6 +121,7 @@ class Scheduler(Terms):
             limits=event.limits,
         )
         self._take_terms(job, event)
+        self.cell.t.jobs["memory_gb"][job.row] = min(max(event.memory_gb, 0), 255)
         self.jobs[job.job_no] = job
         self.job_numbers[job.job_id] = job.job_no
         self._by_row[job.row] = job
@@ -168,7 +181,7 @@ class Scheduler(Terms):
         v = self.cell.vehicle(vehicle_id)
         vehicles = self.cell.t.vehicles
         vehicles["region"][v] = self.cell.region(region)
-        vehicles["paused_until_ms"][v] = paused_until_ms
+        vehicles["paused_until_s"][v] = until_s(paused_until_ms)
         self._set_withdrawn(v, withdrawn=withdrawn, seen=withdrawal_seen)
         self._configure(v, site=site, trust=trust, reserve=reserve)
 
@@ -178,13 +191,16 @@ class Scheduler(Terms):
         No window closes before ``settled_ms``.
         """
         t = self.cell.t
+        self.cell.ids.settle()
         flags = t.vehicles["flags"][: self.cell.ids.rows]
         withdrawn = np.flatnonzero(flags & WITHDRAWN)
         commands: Commands = [ev.DropStory(subject=self.cell.ids.name(int(v))) for v in withdrawn]
         self._settled_ms = settled_ms
         rows = self.cell.all_leases()
         t.vehicles["seen_ms"][t.leases["vehicle"][rows]] = now_ms
-        t.leases["sent_ms"][rows] = now_ms  # the crash may have come before the grant was sent: sent again if need be
+        # The crash may have come before the grant was sent: sent again if need be.
+        since_ms = np.clip(now_ms - t.leases["granted_ms"][rows], -MAX_AFTER_MS, MAX_AFTER_MS)
+        t.leases["sent_after_ms"][rows] = since_ms
         commands += [ev.DropLease(lease_id=lease_id) for lease_id in self._empty_leases]
         self._empty_leases.clear()
         for job in list(self.jobs.values()):
@@ -225,13 +241,14 @@ class Scheduler(Terms):
             for row in self.cell.leases_of(v):
                 commands += self._take_back(row, "the vehicle's agent started anew")
             set_incarnation(self.cell, v, state.incarnation)
-            vehicles["narrowed"][v] = 0
-        elif heard_of and state.seq <= int(vehicles["seq"][v]) and not was_offline:
+            for column in ("narrowed", "memory_gb", "on_disk"):
+                vehicles[column][v] = 0
+        elif heard_of and min(state.seq, MAX_SEQ) <= int(vehicles["seq"][v]) and not was_offline:
             return []
         before = "offline" if was_offline or not heard_of else self._in_words(v)
         commands += self._hear_of_withdrawal(v, event.vehicle_id, state)
         commands += self._take_report(v, event.vehicle_id, state, before, now_ms)
-        paused = now_ms < int(vehicles["paused_until_ms"][v])
+        paused = now_ms < int(vehicles["paused_until_s"][v]) * 1000
         permitted = state.state in {VehicleState.READY, VehicleState.WORKING}
         withdrawn = bool(vehicles["flags"][v] & WITHDRAWN)
         if news or (permitted and (withdrawn or paused)):
@@ -248,8 +265,8 @@ class Scheduler(Terms):
             reasons &= {ReasonCode.CONSENT_WITHDRAWN}
         bound_min = 0 if state.stay_bound_ms is None or withdrawn else min(state.stay_bound_ms // 60_000, MAX_MINUTES)
         risk = 0.0 if state.risk_15min is None or withdrawn else state.risk_15min
-        vehicles["seq"][v] = state.seq
-        vehicles["reasons"][v] = sum(BIT_OF_REASON[code] for code in reasons)
+        vehicles["seq"][v] = min(state.seq, MAX_SEQ)
+        vehicles["reasons"][v] = self.cell.reason_set(sum(BIT_OF_REASON[code] for code in reasons))
         vehicles["stay_min"][v] = bound_min
         vehicles["risk_pct"][v] = round(risk * 100)
         region = self.cell.region(state.region)
@@ -258,12 +275,16 @@ class Scheduler(Terms):
             self.cell.t,
             v,
             NUMBER_OF_STATE[state.state],
-            NONE if state.model is None else self.cell.model(state.model),
+            NONE if state.model is None else self.cell.claimed_model(state.model),
             int(vehicles["region"][v]) if withdrawn else region,
             min(max(1, state.slots), MAX_SLOTS),
             0 if withdrawn else min(state.permit_w, MAX_SLOTS),
             now_ms,
         )
+        if state.memory_gb is not None or withdrawn:
+            vehicles["memory_gb"][v] = 0 if withdrawn else state.memory_gb
+        if state.models_on_disk is not None or withdrawn:
+            vehicles["on_disk"][v] = 0 if withdrawn else self._on_disk(state.models_on_disk or [])
         if withdrawn:
             return []
         commands: Commands = []
@@ -280,9 +301,17 @@ class Scheduler(Terms):
     def _in_words(self, v: int) -> str:
         """What a vehicle does and, when it may not work, why."""
         vehicles = self.cell.t.vehicles
-        state = STATES[int(vehicles["state"][v])]
-        why = ", ".join(code.value for code in reasons_of(int(vehicles["reasons"][v])))
-        return ("offline" if state is None else state.value) + (f": {why}" if why else "")
+        return in_words(int(vehicles["state"][v]), self.cell.reason_sets[int(vehicles["reasons"][v])])
+
+    def _mood(self, now_ms: int) -> Ints:
+        """What ``reporting.report_many`` has to know of the plan."""
+        old = now_ms - self._planned_ms >= self.plan_every_ms
+        return np.array([bool(self.jobs), old, self._unplanned, bool(self._tails)], np.int64)
+
+    def _on_disk(self, names: list[str]) -> int:
+        """Models as bits: those that vehicles serve or jobs ask for already, as any other would use the rows up."""
+        rows = {row for name in names if 0 <= (row := self.cell.find_model(name)) < ON_DISK_ROWS}
+        return sum(1 << row for row in rows)
 
     def _set_withdrawn(self, v: int, *, withdrawn: bool, seen: bool) -> None:
         flags = int(self.cell.t.vehicles["flags"][v]) & ~(WITHDRAWN | WITHDRAWAL_SEEN)
@@ -312,13 +341,14 @@ class Scheduler(Terms):
         """The owner takes the car, or gives it back: what was done is paid, what runs goes to others."""
         v = self.cell.vehicle(event.vehicle_id)
         vehicles = self.cell.t.vehicles
-        vehicles["paused_until_ms"][v] = event.paused_until_ms
+        vehicles["paused_until_s"][v] = until_s(event.paused_until_ms)
         if event.withdrawn != bool(vehicles["flags"][v] & WITHDRAWN):
             self._set_withdrawn(v, withdrawn=event.withdrawn, seen=False)
             self._await_permit(v)
         commands: Commands = []
         if event.withdrawn:
-            vehicles["reasons"][v] &= np.uint64(BIT_OF_REASON[ReasonCode.CONSENT_WITHDRAWN])
+            told = self.cell.reason_sets[int(vehicles["reasons"][v])]
+            vehicles["reasons"][v] = self.cell.reason_set(told & BIT_OF_REASON[ReasonCode.CONSENT_WITHDRAWN])
             self._permit_gone(v)
             for column in ("stay_min", "risk_pct"):
                 vehicles[column][v] = 0
@@ -354,31 +384,32 @@ class Scheduler(Terms):
     def _compare(self, row: int, *, held: bool, now_ms: int) -> Commands:
         leases = self.cell.t.leases
         flags = int(leases["flags"][row])
+        granted_ms = int(leases["granted_ms"][row])
         if held:
             leases["flags"][row] = flags | SEEN
-            leases["missing_ms"][row] = NONE
+            leases["missing_after_ms"][row] = NOT_MISSING
             return []
         permitted = self.cell.k.present(self.cell.t, int(leases["vehicle"][row]))
         if flags & SEEN:
             # It has ended there; its last results may still be on their way through the stream.
             # When the owner has taken the car meanwhile, that they come late is nobody's fault.
-            if leases["missing_ms"][row] == NONE:
-                leases["missing_ms"][row] = now_ms
+            if leases["missing_after_ms"][row] == NOT_MISSING:
+                leases["missing_after_ms"][row] = after_ms(now_ms, granted_ms)
             flags |= 0 if permitted else EXCUSED
             leases["flags"][row] = flags
-            if now_ms - int(leases["missing_ms"][row]) < MISSING_AFTER_MS:
+            if now_ms - granted_ms - int(leases["missing_after_ms"][row]) < MISSING_AFTER_MS:
                 return []
             failed_ms = None if flags & EXCUSED else now_ms
             return self._take_back(row, "results did not arrive", failed_ms=failed_ms)
         if self.job_of(row).cancelling_ms is not None:
             return self._take_back(row, "its job was cancelled")
-        if now_ms - int(leases["sent_ms"][row]) < RESEND_AFTER_MS:
+        if now_ms - granted_ms - int(leases["sent_after_ms"][row]) < RESEND_AFTER_MS:
             return []
         flags |= 0 if permitted else EXCUSED
         leases["flags"][row] = flags
         if leases["sends"][row] >= MAX_SENDS:
             return self._take_back(row, "the vehicle did not take it", failed_ms=None if flags & EXCUSED else now_ms)
-        leases["sent_ms"][row] = now_ms
+        leases["sent_after_ms"][row] = after_ms(now_ms, granted_ms)
         leases["sends"][row] += 1
         return [self._grant(row, now_ms)]
 
@@ -392,6 +423,7 @@ class Scheduler(Terms):
         for row in self.cell.leases_of(v):
             commands.append(self._revoke(row))
             commands += self._take_back(row, "the vehicle was struck off")
+        self._stop_drawing(v)  # live requests of it that have not been told yet end without it
         self.cell.forget_vehicle(v)
         return commands + self._fill_all(now_ms)
 
@@ -419,6 +451,7 @@ class Scheduler(Terms):
         v = self.cell.vehicle(vehicle_id)
         live = self.cell.t.vehicles["live"]
         live[v] = min(int(live[v]) + 1, MAX_SLOTS)
+        self.cell.k.draw(self.cell.t, v)
 
     def live_over(self, vehicle_id: str) -> None:
         """It ended or moved on."""
@@ -426,6 +459,7 @@ class Scheduler(Terms):
         if v != NONE:
             live = self.cell.t.vehicles["live"]
             live[v] = max(0, int(live[v]) - 1)
+            self.cell.k.draw(self.cell.t, v)
 
     def may_tell(self, subject: str) -> bool:
         """Whether a story may be kept of this vehicle or job: of no car whose owner has withdrawn the consent."""
@@ -445,7 +479,8 @@ class Scheduler(Terms):
             commands.append(ev.Note(subject=self.cell.ids.name(v), what="offline: no report"))
         commands += self._miss(now_ms)
         leases = self.cell.t.leases
-        over = np.flatnonzero((leases["number"] != NONE) & (leases["expires_ms"] <= now_ms - EXPIRY_GRACE_MS))
+        ends_ms = leases["granted_ms"] + leases["life_ms"]
+        over = np.flatnonzero((leases["number"] != NONE) & (ends_ms <= now_ms - EXPIRY_GRACE_MS))
         for row in map(int, over):
             if leases["number"][row] == NONE:
                 continue  # its job has just ended
@@ -459,7 +494,7 @@ class Scheduler(Terms):
                 commands += self._end(job, "the completion window closed")
             elif job.cancelling_ms is not None and now_ms - job.cancelling_ms >= CANCEL_GRACE_MS:
                 commands += self._end(job, "cancelled; lines that still ran were stopped")
-        return commands + self._fill_all(now_ms)
+        return commands + self._fill_all(now_ms, anew=False)
 
     def _miss(self, now_ms: int) -> Commands:
         """Give to others what silent vehicles hold, each lease when its job can wait no longer."""

@@ -5,7 +5,10 @@ from one that is slow, and how long is too long depends on the model, the vehicl
 So each arrival is measured, and a deadline is a multiple of a high quantile of what was measured. Until enough is known
 the deadline is a long one, and it never falls below a floor: a false alarm costs a prompt that is read twice. A first
 token that is late is asked for once more on a second vehicle, and the first of the two to speak is kept; a budget that
-grows with the requests bounds how often, so that in an outage, when everything is late, this stops by itself.
+grows with the requests bounds how often, so that in an outage, when everything is late, this stops by itself. A stream
+that pauses for longer than streams like it do is doubted before its deadline: a second vehicle goes on with it, out of
+the same budget, and again the first to speak is kept. If it turns out that the first one was gone indeed, nothing was
+asked for twice, and the budget has its hedge back.
 
 Decides: deadlines, hedges, how often a request may be tried, which vehicles to avoid, the order of those who wait. Must
 not: choose a vehicle, which is ``core.scheduler``'s, or know clocks. Called by: ``server.live``.
@@ -34,6 +37,7 @@ MAX_PROMPT_CLASSES: Final = 12
 
 FLOOR_FIRST_MS: Final = 250
 FLOOR_GAP_MS: Final = 30
+FLOOR_DOUBT_MS: Final = 15
 FLOOR_HEDGE_MS: Final = 50
 CEILING_MS: Final = 600_000
 PRIOR_FIRST_MS: Final = 10_000  # a vehicle that was never measured; and for each byte of the prompt:
@@ -44,6 +48,8 @@ FIRST_TIMES: Final = 3.0  # of the 99th percentile
 GAP_TIMES: Final = 2.0  # of the 99.9th percentile: an answer has hundreds of gaps
 GAP_LEAST_TIMES: Final = 3.0  # of the 99th
 GAP_MOST_TIMES: Final = 6.0  # of the 99th: vehicles that freeze now and then do not make us patient with all
+DOUBT_TIMES: Final = 1.25  # of the 99th: the least pause that is doubted
+DOUBTED: Final = 0.05  # pauses of one stream that are doubted though its vehicle lives, at most, by what was measured
 LOOK_AGAIN_AFTER: Final = 64  # samples: a quantile costs a look at every bucket, a token does not
 _LOG_GROWTH: Final = log(SKETCH_GROWTH)
 _EDGES: Final = tuple(SKETCH_LEAST_MS * SKETCH_GROWTH**at for at in range(SKETCH_BUCKETS))
@@ -105,11 +111,12 @@ class Sketch:
 class _Pace:
     """What was measured of one model on one class of vehicles."""
 
-    __slots__ = ("first", "gap")
+    __slots__ = ("first", "gap", "streams")
 
     def __init__(self) -> None:
         self.first: dict[int, Sketch] = {}  # by the class of the prompt's length
         self.gap = Sketch()
+        self.streams = 0  # that the gaps are of
 
 
 class Paces:
@@ -127,7 +134,9 @@ class Paces:
 
     def first(self, model: str, kind: str, prompt_bytes: int, waves: int, took_ms: float) -> None:
         """A first token, or a whole plain answer, came after ``took_ms``."""
-        first = self._of(model, kind).first
+        pace = self._of(model, kind)
+        pace.streams += 1
+        first = pace.first
         prompt = prompt_class(prompt_bytes)
         sketch = first.get(prompt)
         if sketch is None:
@@ -167,6 +176,18 @@ class Paces:
         p99_ms = pace.gap.lately_ms(0.99)
         wait_ms = max(GAP_TIMES * pace.gap.lately_ms(0.999), GAP_LEAST_TIMES * p99_ms)
         return _between(min(wait_ms, GAP_MOST_TIMES * p99_ms), FLOOR_GAP_MS)
+
+    def doubt_after_ms(self, model: str, kind: str) -> int:
+        """After how long without a further token a second vehicle may go on with a stream; before its deadline.
+
+        So long that of DOUBTED streams one is doubted in vain: the longer the streams, the rarer the pause.
+        """
+        pace = self._paces.get((model, kind))
+        if pace is None or len(pace.gap) < KNOWN_AFTER:
+            return PRIOR_GAP_MS
+        gaps = 1 << (pace.gap.added // max(1, pace.streams)).bit_length()  # of a stream, at least
+        wait_ms = max(pace.gap.lately_ms(1.0 - DOUBTED / gaps), DOUBT_TIMES * pace.gap.lately_ms(0.99))
+        return min(_between(wait_ms, FLOOR_DOUBT_MS), self.gap_deadline_ms(model, kind))
 
     def _first(self, model: str, kind: str, prompt_bytes: int) -> Sketch | None:
         """What is known of prompts like this, or of longer ones; None if that is too little."""
@@ -228,6 +249,10 @@ class HedgeBudget:
             return False
         self._hundredths -= 100
         return True
+
+    def give_back(self) -> None:
+        """A hedge was none: the first vehicle was gone."""
+        self._hundredths = min(self._hundredths + 100, 100 * HEDGE_SAVED)
 
 
 def is_own_fault(status: int) -> bool:

@@ -65,6 +65,19 @@ class Terms(Results):
         inside = mask == 0 or bool(mask >> int(self.cell.t.vehicles["region"][v]) & 1)
         return inside and int(self.cell.t.vehicles["trust"][v]) >= int(self.cell.t.jobs["min_trust"][j])
 
+    def able(self, model: str, regions: Iterable[str], min_trust: int) -> int:
+        """How many vehicles could run this model now: in one of these regions, if any are named, and trusted."""
+        row = self.cell.find_model(model)
+        if row == NONE:
+            return 0
+        vehicles = self.cell.t.vehicles[: self.cell.ids.rows]
+        may = (vehicles["counted_place"] != NONE) & (vehicles["model"] == row) & (vehicles["trust"] >= min_trust)
+        names = set(regions)
+        if names:
+            known = [place for place, name in enumerate(self.cell.region_names) if name in names]
+            may &= np.isin(vehicles["region"], known)
+        return int(np.count_nonzero(may))
+
     def _still_held(self, job: Job, held: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
         """Of the vehicles that lines were taken from, those that may still finish them."""
         if not self.residency.get(job.job_no) and not self.cell.t.jobs["min_trust"][job.row]:
@@ -189,11 +202,12 @@ class Terms(Results):
         for row in map(int, self.cell.all_leases()):
             assert self._may_hold(int(t.leases["vehicle"][row]), int(t.leases["job"][row])), "terms are kept"
         vehicles = t.vehicles[: self.cell.ids.rows]
-        draws = (vehicles["site"] != 0) & (vehicles["outstanding"] > 0)
+        draws = (vehicles["site"] != 0) & ((vehicles["outstanding"] > 0) | (vehicles["live"] > 0))
         assert (draws == (vehicles["flags"] & DRAWING != 0)).all(), "who works at a site is counted there"
         for site in range(1, len(self.cell.site_names)):
             here = draws & (vehicles["site"] == site)
             assert int(t.sites["working"][site]) == int(here.sum())
             assert int(t.sites["used_w"][site]) == int(vehicles["permit_w"][here].sum())
-            assert not self._over(site), "a site is never over its limit"
+            live = bool((here & (vehicles["live"] > 0)).any())  # a limit that is lowered does not end live requests
+            assert live or not self._over(site), "a site is never over its limit"
         assert set(self.residency) <= set(self.jobs)

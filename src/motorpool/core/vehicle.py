@@ -557,7 +557,7 @@ class VehicleMachine:
         grown: dict[int, tuple[Lease, list[ProgressItem]]] = {}
         for run in self._running.values():
             growth = run.growth
-            if growth is None or growth.several or growth.tokens == run.told_tokens:
+            if growth is None or growth.tokens == run.told_tokens:
                 continue
             checkpoint, tokens = join(run.carried, run.carried_tokens, growth)
             if checkpoint is None or checkpoint is run.carried:
@@ -653,6 +653,7 @@ class VehicleMachine:
         running = len(self._running) + len(self._live)
         engine, permit = self._engine, self._permit
         in_slots = min(running, engine.slots)
+        on_disk = self._config.models_on_disk
         return State(
             incarnation=self._incarnation,
             seq=self._seq,
@@ -676,6 +677,8 @@ class VehicleMachine:
             battery_fed=permit.battery_fed if permit else False,
             stay_bound_ms=self._stay[0],
             risk_15min=self._stay[1],
+            memory_gb=self._config.memory_gb,
+            models_on_disk=None if on_disk is None else list(on_disk),
         )
 
     def _due_ms(self) -> int:

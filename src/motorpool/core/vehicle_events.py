@@ -26,6 +26,7 @@ class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True):
     counts as died. ``small_model`` is what runs on the lowest rung of the thermal ladder; without one nothing does.
     When the full model is allowed again, an idle engine changes back at once, one that has work after
     ``switch_back_ms``. A new bound of how long the car stays is no reason for a State before ``stay_interval_ms``.
+    ``memory_gb`` and ``models_on_disk`` are said in every State; None says nothing of them.
     """
 
     model: str
@@ -53,6 +54,8 @@ class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True):
     restart_max_ms: int = 60_000
     switch_back_ms: int = 600_000
     stay_interval_ms: int = 60_000
+    memory_gb: int | None = None
+    models_on_disk: tuple[str, ...] | None = None
 
 
 # -- events ------------------------------------------------------------------------------------------------------------

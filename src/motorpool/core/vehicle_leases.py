@@ -13,6 +13,7 @@ from motorpool.errors import CallerError
 from motorpool.types import MAX_CHECKPOINT_BYTES, Kind
 from motorpool.wire import (
     Checkpoint,
+    CheckpointChoice,
     Delta,
     Grant,
     Item,
@@ -24,10 +25,10 @@ from motorpool.wire import (
 )
 
 
-class Growth:
-    """What one attempt has generated here, on top of the checkpoint that it came with."""
+class _Part:
+    """What has grown of one choice."""
 
-    __slots__ = ("ids_complete", "logprobs", "several", "texts", "token_ids", "tokens")
+    __slots__ = ("calls", "finish_reason", "ids_complete", "logprobs", "texts", "token_ids", "tokens")
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -35,24 +36,53 @@ class Growth:
         self.token_ids: list[int] = []
         self.ids_complete = True
         self.logprobs: list[bytes] = []
-        self.several = False  # more than one choice: such an answer cannot be continued
+        self.finish_reason: str | None = None
+        self.calls = False  # a tool call has begun, whose text is not in ``texts``
+
+    def after(self, base: CheckpointChoice) -> CheckpointChoice:
+        """What was carried and what has grown, together."""
+        whole_ids = self.ids_complete and len(base.token_ids) == base.tokens
+        return CheckpointChoice(
+            text=base.text + "".join(self.texts),
+            tokens=base.tokens + self.tokens,
+            token_ids=base.token_ids + self.token_ids if whole_ids else [],
+            logprobs=_join_arrays([base.logprobs, *self.logprobs]),
+            finish_reason=self.finish_reason or base.finish_reason,
+        )
+
+
+class Growth:
+    """What one attempt has generated here, on top of the checkpoint that it came with."""
+
+    __slots__ = ("parts", "tokens")
+
+    def __init__(self) -> None:
+        self.parts: dict[int, _Part] = {}  # by choice
+        self.tokens = 0
+
+    @property
+    def calls(self) -> bool:
+        """Whether a tool call has begun: such an answer begins anew, as nobody has seen any of it."""
+        return any(part.calls for part in self.parts.values())
 
     def add(self, deltas: list[Delta]) -> int:
         """Take new deltas; the number of their tokens. A delta without token ids counts as one token."""
         before = self.tokens
         for delta in deltas:
-            if delta.index:
-                self.several = True
+            part = self.parts.get(delta.index)
+            if part is None:
+                part = self.parts[delta.index] = _Part()
+            count = len(delta.token_ids) or int(bool(delta.text))
             if delta.text:
-                self.texts.append(delta.text)
-            if delta.token_ids:
-                self.token_ids.extend(delta.token_ids)
-                self.tokens += len(delta.token_ids)
-            elif delta.text:
-                self.ids_complete = False
-                self.tokens += 1
+                part.texts.append(delta.text)
+                part.ids_complete = part.ids_complete and bool(delta.token_ids)
+            part.token_ids.extend(delta.token_ids)
+            part.tokens += count
+            self.tokens += count
             if delta.logprobs:
-                self.logprobs.append(delta.logprobs)
+                part.logprobs.append(delta.logprobs)
+            part.finish_reason = delta.finish_reason or part.finish_reason
+            part.calls = part.calls or bool(delta.calls)
         return self.tokens - before
 
 
@@ -77,22 +107,36 @@ def join(carried: bytes | None, carried_tokens: int, growth: Growth | None) -> t
     A carried one that cannot be read was of no use to the engine either, which began anew. One over
     MAX_CHECKPOINT_BYTES (long answers with many logprobs) fits no message: what was carried stays.
     """
-    if growth is None or growth.several or growth.tokens == 0:
+    if growth is None or growth.tokens == 0 or growth.calls:
         return carried, carried_tokens
     base = Checkpoint(text="", tokens=0)
     if carried is not None:
         with suppress(CallerError):
             base = decode_checkpoint(carried)
-    whole_ids = growth.ids_complete and len(base.token_ids) == base.tokens
-    joined = Checkpoint(
-        text=base.text + "".join(growth.texts),
-        tokens=base.tokens + growth.tokens,
-        token_ids=base.token_ids + growth.token_ids if whole_ids else [],
-        logprobs=_join_arrays([base.logprobs, *growth.logprobs]),
-        prompt_tokens=base.prompt_tokens,
-    )
+    joined = _joined(base, growth)
     packed = encode_checkpoint(joined)
     return (packed, joined.tokens) if len(packed) <= MAX_CHECKPOINT_BYTES else (carried, base.tokens)
+
+
+def _joined(base: Checkpoint, growth: Growth) -> Checkpoint:
+    """One choice that has not ended stands in the checkpoint itself; several, or one that has, by their index."""
+    one = CheckpointChoice(text=base.text, tokens=base.tokens, token_ids=base.token_ids, logprobs=base.logprobs)
+    before = base.choices or [one]
+    count = max(len(before), *(index + 1 for index in growth.parts))
+    bases = [*before, *[CheckpointChoice()] * (count - len(before))]
+    choices = [growth.parts[at].after(each) if at in growth.parts else each for at, each in enumerate(bases)]
+    first = choices[0]
+    tokens = sum(each.tokens for each in choices)
+    if count > 1:
+        return Checkpoint(text="", tokens=tokens, prompt_tokens=base.prompt_tokens, choices=choices)
+    return Checkpoint(
+        text=first.text,
+        tokens=tokens,
+        token_ids=first.token_ids,
+        logprobs=first.logprobs,
+        prompt_tokens=base.prompt_tokens,
+        choices=choices if first.finish_reason is not None else [],
+    )
 
 
 def _join_arrays(arrays: list[bytes]) -> bytes:

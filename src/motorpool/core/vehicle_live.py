@@ -251,7 +251,8 @@ def _to_hold(checkpoint: bytes | None) -> bytes:
 
 def size_of(delta: Delta) -> int:
     """Bytes of a delta in a message, at most."""
-    return 4 * len(delta.text) + _TOKEN_BYTES * len(delta.token_ids) + len(delta.logprobs) + _DELTA_BYTES
+    packed = len(delta.logprobs) + len(delta.calls)
+    return 4 * len(delta.text) + _TOKEN_BYTES * len(delta.token_ids) + packed + _DELTA_BYTES
 
 
 def response_id(kind: Kind, name: str) -> str:

@@ -7,6 +7,7 @@ the next try writes them anew under the same names. Called by: ``server.loop``.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import sqlite3
@@ -16,13 +17,16 @@ from typing import BinaryIO, Final
 import msgspec
 import numpy as np
 
-from motorpool.server.cell import Cell
+from motorpool.errors import CallerError
+from motorpool.server.cell import Cell, LiveAnswer
 from motorpool.server.openai.footprints import with_footprint
-from motorpool.server.openai.lines import custom_id_of
+from motorpool.server.openai.lines import RESPONSES, custom_id_of, endpoint_of, parse_line
+from motorpool.server.openai.responses.lines import response_id_of, told_as_response
 from motorpool.store import books
 from motorpool.store.blobs import BlobWriter
 
 CHUNK_LINES: Final = 1_000
+CHUNK_RESPONSES: Final = 100  # which are told anew, and take longer
 CHUNK_BYTES: Final = 2 * 1024 * 1024  # of input, and of answers; a single line may be longer
 FILE_LIFE_S: Final = 30 * 24 * 3600  # as OpenAI's: output files are kept for 30 days
 UNFINISHED: Final = {
@@ -35,6 +39,7 @@ INPUT_LOST: Final = {
     "param": "input_file_id",
 }
 _encode = msgspec.json.encode
+log = logging.getLogger(__name__)
 
 
 class OutputFile:
@@ -127,11 +132,14 @@ async def _write_lines(
     index = books.read_index(cell.reader, row["batch_no"])
     offsets, lengths = index.offsets, index.lengths
     stem = row["batch_id"].removeprefix("batch_").encode()
+    are_responses = endpoint_of(row["endpoint"]) == RESPONSES
+    chunk_lines = CHUNK_RESPONSES if are_responses else CHUNK_LINES
+    tier = "flex" if books.terms_of(cell.reader, row["batch_no"]).best_effort else "default"
     ends = offsets + lengths
     first = 0
     while first < len(lengths):
         start = int(offsets[first])
-        within = int(np.searchsorted(ends[first : first + CHUNK_LINES], start + CHUNK_BYTES, side="right"))
+        within = int(np.searchsorted(ends[first : first + chunk_lines], start + CHUNK_BYTES, side="right"))
         rows, last = books.results_between(
             cell.reader, row["batch_no"], first, first + max(1, within), max_bytes=CHUNK_BYTES
         )
@@ -140,14 +148,29 @@ async def _write_lines(
         lines: tuple[list[bytes], list[bytes]] = ([], [])  # of the output and of the error file
         for number in range(first, last):
             at = int(offsets[number]) - start
-            custom_id = _encode(custom_id_of(data[at : at + int(lengths[number])]))
-            line, is_error = output_line(stem, number, custom_id, finished.get(number), final)
+            source = data[at : at + int(lengths[number])]
+            found = finished.get(number)
+            if are_responses and found is not None and found.status > 0:
+                found = _as_response(row["batch_id"], source, found, tier)
+            line, is_error = output_line(stem, number, _encode(custom_id_of(source)), found, final)
             lines[is_error].append(line)
-        for file, found in zip((output, errors), lines, strict=True):
-            if found:
-                file.write(found)
+        for file, written in zip((output, errors), lines, strict=True):
+            if written:
+                file.write(written)
         first = last
         await asyncio.sleep(0)  # let others use the loop between two chunks
+
+
+def _as_response(batch_id: str, source: bytes, found: books.DoneLine, tier: str) -> books.DoneLine:
+    """What a vehicle answered to a line of ``/v1/responses``, as the customer asked for it."""
+    answer = LiveAnswer(status=found.status, body=found.body, footprint=found.footprint)
+    try:
+        body = told_as_response(parse_line(source)[1], answer, response_id_of(batch_id, found.line), tier)
+    except CallerError as error:
+        # An earlier version took this line. What was answered is paid, and told as it came rather than not at all.
+        log.warning("%s: line %d is not taken any more: %s", batch_id, found.line, error.code)
+        return found
+    return books.DoneLine(found.line, found.status, body)
 
 
 def output_line(

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from motorpool.catalogue import Catalogue
+from motorpool.core import events as ev
 from motorpool.core.attribution import Footprint
+from motorpool.core.pricing import Shares
 from motorpool.store.blobs import BlobStore
 from motorpool.types import Kind, Usage
 from motorpool.wire import Delta, State
@@ -22,8 +24,27 @@ from motorpool.wire import Delta, State
 T = TypeVar("T")
 
 
+class Carried(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller that keeps an answer in the books has of it already; empty if it is to begin.
+
+    A vehicle goes on after it. Nothing is paid by the cell: the end comes with the bill for all of it, which the caller
+    pays in the transaction in which it keeps that end. Only for requests with one choice.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    token_ids: list[int] = []
+    logprobs: bytes = b""
+    finish_reason: str | None = None
+    shares: Shares = []
+    energy_uwh: dict[str, int] = {}
+
+
 class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One live request, validated; ``body`` is the customer's JSON, ``response_id`` stands in every chunk."""
+    """One live request, validated; ``body`` is the customer's JSON, ``response_id`` stands in every chunk.
+
+    ``carried`` is None unless the caller keeps the answer in the books and pays for it there.
+    """
 
     request_id: str
     response_id: str
@@ -34,15 +55,20 @@ class LiveRequest(msgspec.Struct, frozen=True, kw_only=True):
     choices: int
     body: bytes
     created_s: int
+    carried: Carried | None = None
 
 
 class LiveTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """New text of a stream; ``usage`` and ``footprint`` are set on the last one and cover the whole answer."""
+    """New text of a stream; ``usage`` and ``footprint`` are set on the last one and cover the whole answer.
+
+    ``vehicle_id``: who said it, which no customer is told; empty if no vehicle did.
+    """
 
     deltas: list[Delta]
     usage: Usage | None
     engine: str
     footprint: Footprint | None = None
+    vehicle_id: str = ""
 
 
 class LiveAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,10 +111,10 @@ class Cell(Protocol):
     def now_ms(self) -> int:
         """Milliseconds since 1970 (UTC)."""
 
-    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        """Run ``change`` inside the next transaction; return its result when that is durable.
+    async def write(self, change: Callable[[sqlite3.Connection], T], *, bill: ev.LiveEnded | None = None) -> T:
+        """Run ``change`` inside the next transaction, and pay ``bill`` in it; return its result when that is durable.
 
-        An exception from ``change`` undoes its own changes and is raised here. ``change`` must be quick.
+        An exception from ``change`` undoes its own changes, pays nothing and is raised here. ``change`` must be quick.
         """
 
     async def start_batch(self, batch: ValidBatch) -> None:
@@ -103,8 +129,8 @@ class Cell(Protocol):
         Raises CapacityError when no vehicle can serve.
         """
 
-    def serving(self, model: str) -> int:
-        """How many vehicles could run a model now."""
+    def serving(self, model: str, regions: tuple[str, ...] = (), min_trust: int = 0) -> int:
+        """How many vehicles could run a model now: of these regions, if any are named, and of this trust at least."""
 
     def live(self, request: LiveRequest) -> AsyncIterator[LiveTokens | LiveAnswer]:
         """Run a live request; closing the iterator early cancels it on the vehicle.

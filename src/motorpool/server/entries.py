@@ -51,16 +51,17 @@ class Entry:
 
     @property
     def comes_once(self) -> bool:
-        """Whether nobody could ask for it again: finished work, and live requests that are to be paid."""
-        return self.message is not None or isinstance(self.event, ev.LiveEnded)
+        """Whether nobody could ask for it again: finished work, and live requests that nobody waits to have paid."""
+        return self.message is not None or (isinstance(self.event, ev.LiveEnded) and self.done is None)
 
 
 class InputFile:
     """The input file of a job in progress, and where its lines are."""
 
-    def __init__(self, stream: BinaryIO, batch_id: str, index: books.LineIndex) -> None:
+    def __init__(self, stream: BinaryIO, batch_id: str, endpoint: str, index: books.LineIndex) -> None:
         self.stream = stream
         self.batch_id = batch_id
+        self.endpoint = endpoint
         self.offsets = index.offsets
         self.lengths = index.lengths
 

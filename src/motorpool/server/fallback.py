@@ -75,6 +75,7 @@ class _UsageSeen(msgspec.Struct):
 
 class _ChatDelta(msgspec.Struct):
     content: str | None = None
+    tool_calls: list[Raw] | None = None
 
 
 class _Logprobs(msgspec.Struct):
@@ -167,7 +168,7 @@ class PaidEndpoint:
                     usage = chunk.usage or usage
                     engine = chunk.system_fingerprint or engine
                     deltas = [_delta(choice) for choice in chunk.choices]
-                    given += sum(bool(delta.text) for delta in deltas)
+                    given += sum(bool(delta.text or delta.calls) for delta in deltas)
                     if deltas:
                         yield LiveTokens(deltas=deltas, usage=None, engine=engine)
             counted = usage or _UsageSeen(completion_tokens=given)
@@ -218,11 +219,13 @@ class PaidEndpoint:
 
 def _delta(choice: _Choice) -> Delta:
     text = choice.text if choice.delta is None else choice.delta.content
+    calls = None if choice.delta is None else choice.delta.tool_calls
     return Delta(
         index=choice.index,
         text=text or "",
         logprobs=_entries(choice.logprobs),
         finish_reason=choice.finish_reason,
+        calls=_encode(calls) if calls else b"",
     )
 
 

@@ -3,9 +3,10 @@
 A call is sent to one vehicle; tokens come back past the scheduler. When the vehicle breaks off, falls silent or loses
 messages, the call goes to another one with all that was emitted so far, and the client notices nothing but a pause; of
 a departure that announces itself it does not notice even that, as the next vehicle has read everything before. A first
-token that is late is asked for on a second vehicle as well. All this happens when messages arrive and alarms ring, so
-that a client that reads slowly costs no vehicle anything. Decides nothing of its own: time limits, hedges and the order
-of those who wait are ``core.streams``', placement is the scheduler's. Must not: log or keep bodies after the call.
+token that is late is asked for on a second vehicle as well; a stream that pauses goes on there as well, and of the two
+the first to speak is kept. All this happens when messages arrive and alarms ring, so that a client that reads slowly
+costs no vehicle anything. Decides nothing of its own: time limits, hedges and the order of those who wait are
+``core.streams``', placement is the scheduler's. Must not: log or keep bodies after the call.
 
 Called by: ``server.loop``.
 """
@@ -14,16 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
 from motorpool import wire
 from motorpool.core import events as ev
 from motorpool.core.attribution import Footprint
-from motorpool.core.pricing import Price, extend, owner_pay, trim
+from motorpool.core.pricing import Price, owner_pay
 from motorpool.core.scheduler import Scheduler
 from motorpool.core.streams import (
     DOUBT_MS,
@@ -54,6 +55,7 @@ EXCUSE_MS: Final = 30
 UNPREPARED_MS: Final = 5_000  # after nobody safer was found, the next look
 WATCHED_MS: Final = 1_000  # a vehicle that may not work has so long to say what became of a request
 _WORKS: Final = frozenset({VehicleState.READY, VehicleState.WORKING})
+_Item = TypeVar("_Item", LiveAnswer, LiveTokens | LiveAnswer)
 
 
 class Desk(Protocol):
@@ -84,6 +86,7 @@ class Counts(msgspec.Struct, kw_only=True):
     hedged: int = 0
     stalled: int = 0  # vehicles that fell silent
     slow: int = 0  # those of them that reported later, and so were only slow
+    gone: int = 0  # vehicles whose connection ended
     departed: int = 0
     failed: int = 0  # engines
     continued: int = 0  # on another vehicle
@@ -102,6 +105,7 @@ class _Doubt(msgspec.Struct):
     model: str
     first: tuple[int, int] | None  # bytes of the prompt and waves, if it was a first token that did not come
     took_ms: float
+    hedged: bool  # another one went on before its deadline
 
 
 class LiveDesk:
@@ -119,6 +123,7 @@ class LiveDesk:
         self._timer_ms = 0  # when it rings: a handle for a time that has passed does not say
         self._budget = HedgeBudget()
         self._doubts: list[_Doubt] = []
+        self._gone: dict[str, int] = {}  # vehicles without a connection, and since when
         self.paces = Paces()
         self.places = Places(cell, self._clock_ms)
         self.waiting = Waiting(self.places, self._clock_ms)
@@ -146,7 +151,9 @@ class LiveDesk:
                 if isinstance(message, wire.Tokens):
                     call.give(arrived.vehicle_id, message.deltas)
                     if message.usage is None:
-                        yield LiveTokens(deltas=message.deltas, usage=None, engine=message.engine)
+                        yield LiveTokens(
+                            deltas=message.deltas, usage=None, engine=message.engine, vehicle_id=arrived.vehicle_id
+                        )
                         continue
                     # Paid first: the client may leave at the last word.
                     yield self._last(call, arrived.vehicle_id, message, message.usage)
@@ -155,14 +162,14 @@ class LiveDesk:
                     yield self._answered(call, arrived.vehicle_id, message)
                     return
                 if call.delivered or not self._may_pay(call):
-                    self._pay_for_what_was_delivered(call)
-                    yield message
+                    yield _billed(message, self._pay_for_what_was_delivered(call))
                     return
             assert self.fallback is not None
             self.counts.paid_for += 1
-            async with aclosing(self.fallback.stream(request, self._cell.post_soon)) as paid:
+            bills: list[ev.SchedulerEvent] = []
+            async with aclosing(self.fallback.stream(request, self._payer(request, bills))) as paid:
                 async for item in paid:
-                    yield item
+                    yield _billed(item, *bills)
         except (GeneratorExit, asyncio.CancelledError):
             self._pay_for_what_was_delivered(call)
             raise
@@ -187,13 +194,20 @@ class LiveDesk:
                     return arrived.message
             assert self.fallback is not None
             self.counts.paid_for += 1
-            return await self.fallback.answer(request, self._cell.post_soon)
+            bills: list[ev.SchedulerEvent] = []
+            return _billed(await self.fallback.answer(request, self._payer(request, bills)), *bills)
         finally:
             self._end(call)
 
     def _may_pay(self, call: Call) -> bool:
         """Whether the operator's paid endpoint may answer; what is cheap and may wait is not worth its price."""
-        return self.fallback is not None and call.tier is not Tier.FLEX and self.fallback.serves(call.request.model)
+        if self.fallback is None or call.tier is Tier.FLEX or call.transcript.began:
+            return False
+        return self.fallback.serves(call.request.model)
+
+    def _payer(self, request: LiveRequest, bills: list[ev.SchedulerEvent]) -> Callable[[ev.SchedulerEvent], None]:
+        """Who takes a bill: the books, or the caller, if that one keeps the answer there."""
+        return self._cell.post_soon if request.carried is None else bills.append
 
     async def _begin(self, call: Call) -> None:
         """Send it to a vehicle, when there is one; raise CapacityError if there is none in time."""
@@ -240,18 +254,23 @@ class LiveDesk:
 
     def _last(self, call: Call, vehicle_id: str, message: wire.Tokens, usage: Usage) -> LastTokens:
         footprint = self._footprint(call, vehicle_id, usage)
-        self._pay(call, usage, vehicle_id)
         return LastTokens(
-            deltas=message.deltas, usage=usage, engine=message.engine, footprint=footprint, about=call.about
+            deltas=message.deltas,
+            usage=usage,
+            engine=message.engine,
+            footprint=footprint,
+            vehicle_id=vehicle_id,
+            about=call.about,
+            bill=self._pay(call, usage, vehicle_id),
         )
 
     def _answered(self, call: Call, vehicle_id: str, message: wire.Answered) -> LiveAnswer:
         footprint = self._footprint(call, vehicle_id, message.usage)
         if message.status >= 400:
-            self._pay_for_what_was_delivered(call)
-            return LiveAnswer(status=message.status, body=message.body)
-        self._pay(call, message.usage, vehicle_id)
-        return WholeAnswer(status=message.status, body=message.body, footprint=footprint, about=call.about)
+            told = LiveAnswer(status=message.status, body=message.body)
+            return _billed(told, self._pay_for_what_was_delivered(call))
+        bill = self._pay(call, message.usage, vehicle_id)
+        return WholeAnswer(status=message.status, body=message.body, footprint=footprint, about=call.about, bill=bill)
 
     def _footprint(self, call: Call, vehicle_id: str, usage: Usage) -> Footprint:
         """What all vehicles drew for a call that ends now."""
@@ -263,37 +282,29 @@ class LiveDesk:
             is_measured=call.is_measured and bool(drawn),
         )
 
-    def _pay_for_what_was_delivered(self, call: Call) -> None:
+    def _pay_for_what_was_delivered(self, call: Call) -> ev.LiveEnded | None:
         """A stream ended in the middle, by the client or by an error: paid are the tokens that were delivered.
 
         How long its prompt was is not known before the end, so that is free.
         """
         if call.delivered and call.shares and not call.paid:
-            self._pay(call, Usage(completion_tokens=call.delivered), call.shares[-1][0])
+            return self._pay(call, Usage(completion_tokens=call.delivered), call.shares[-1][0])
+        return None
 
-    def _pay(self, call: Call, usage: Usage, finisher: str) -> None:
+    def _pay(self, call: Call, usage: Usage, finisher: str) -> ev.LiveEnded | None:
+        """Give the books the bill; the bill, if it is the caller's to pay."""
         call.paid = True
-        carried = min(sum(count for _, count in call.shares), usage.completion_tokens)
-        shares = extend(trim(call.shares, carried), finisher, usage.completion_tokens - carried)
-        self._cell.post_soon(
-            ev.LiveEnded(
-                cause_id=call.request.request_id,
-                request_id=call.request.request_id,
-                account=call.request.account,
-                price=self._cell.price_of(call.request.model),
-                prompt_tokens=usage.prompt_tokens,
-                completion_tokens=usage.completion_tokens,
-                finisher=finisher,
-                shares=shares,
-                energy_uwh=call.energy_uwh,
-            )
-        )
+        bill = call.bill(usage, finisher, self._cell.price_of(call.request.model))
+        if call.request.carried is not None:
+            return bill
+        self._cell.post_soon(bill)
+        return None
 
     # -- legs ----------------------------------------------------------------------------------------------------------
 
     def _open(self, call: Call, vehicle_id: str) -> None:
         """Send a call to a vehicle, to begin or to go on there."""
-        if call.attempts:
+        if call.attempts or call.transcript.began:
             self._goes_on(call)
         call.leg = self._send(call, vehicle_id)
 
@@ -330,7 +341,7 @@ class LiveDesk:
             model=request.model,
             stream=request.stream,
             body=request.body,
-            checkpoint=call.checkpoint() if leg.attempt else None,
+            checkpoint=call.checkpoint(),
             pay_input_micro=pay_input_micro,
             pay_output_micro=pay_output_micro,
             customer_class=CUSTOMER_CLASS,
@@ -350,9 +361,9 @@ class LiveDesk:
         if leg.readings > 1:  # it has read nearly all of it before, so this is but one more gap
             wait_ms = min(wait_ms, READ_TIMES * self.paces.gap_deadline_ms(model, leg.pace))
         wait_ms = leg.call.tries.patience(wait_ms)
-        leg.first_due_ms = now_ms + wait_ms
+        leg.due_ms = now_ms + wait_ms
         hedge_ms = self.paces.hedge_after_ms(*about)
-        self._alarm(leg, now_ms + hedge_ms if hedges and hedge_ms < wait_ms else leg.first_due_ms)
+        self._alarm(leg, now_ms + hedge_ms if hedges and hedge_ms < wait_ms else leg.due_ms)
 
     def _first_pace(self, leg: Leg) -> tuple[str, int]:
         """Under which name a first token is measured, and how much longer than one a plain answer may take."""
@@ -396,9 +407,11 @@ class LiveDesk:
         if leg is not call.leg:
             return
         call.leg = None
-        call.take(leg.vehicle_id, checkpoint)
+        call.take(leg, checkpoint)
         if call.rival is not None:
             call.leg, call.rival = call.rival, None
+            if leg.spoke:
+                self._goes_on(call)
         elif call.successor is not None:
             self._take_over(call, call.successor)
         elif call.tries.used_up:
@@ -424,10 +437,16 @@ class LiveDesk:
             call.incoming.put(Arrived(vehicle_id, message))
 
     def _departed(self, leg: Leg, *, close: bool = True, blamed: bool = True) -> None:
+        self._left_in_a_race(leg)
         if leg is leg.call.leg:
             self.counts.departed += 1
             leg.call.tries.departed += 1
         self._broke(leg, close=close, blamed=blamed)
+
+    def _left_in_a_race(self, leg: Leg) -> None:
+        """A vehicle leaves that was doubted: rightly so, and the other one is no hedge."""
+        if leg is leg.call.leg and leg.spoke and leg.call.rival is not None:
+            self._budget.give_back()
 
     # -- from the vehicle link -----------------------------------------------------------------------------------------
 
@@ -448,6 +467,7 @@ class LiveDesk:
             self._on_answered(leg, message)
         else:
             leg.call.drew(vehicle_id, message.energy_uwh, is_measured=message.energy_is_measured)
+            self._left_in_a_race(leg)
             if leg is leg.call.leg:
                 self.counts.departed += 1
                 leg.call.tries.departed += 1
@@ -469,11 +489,13 @@ class LiveDesk:
         is_last = message.usage is not None
         if leg.spoke:
             self.paces.gap(call.request.model, leg.pace, now_ms - leg.heard_ms)
-        elif is_last or any(delta.text or delta.token_ids or delta.finish_reason for delta in message.deltas):
+        elif is_last or any(_speaks(delta) for delta in message.deltas):
             self._spoke(leg, now_ms)
         else:
             return
         leg.heard_ms, leg.excused = now_ms, False
+        if call.rival is not None:
+            self._drop_rival(call)
         deltas = call.transcript.note(message.deltas)
         if deltas is not message.deltas:
             message = msgspec.structs.replace(message, deltas=deltas)
@@ -484,10 +506,16 @@ class LiveDesk:
         if is_last:
             self._drop_successor(call)
             return
-        gap_ms = self.paces.gap_deadline_ms(call.request.model, leg.pace)
-        self._alarm(leg, int(now_ms) + call.tries.patience(gap_ms))
+        self._await_next(leg, int(now_ms))
         if call.switching and call.successor is not None:
             self._hand_over(call, leg, call.successor)
+
+    def _await_next(self, leg: Leg, now_ms: int) -> None:
+        """Set the alarm for the next token: when to doubt that it comes, and when to give up."""
+        about = (leg.call.request.model, leg.pace)
+        patience = leg.call.tries.patience
+        leg.due_ms = now_ms + patience(self.paces.gap_deadline_ms(*about))
+        self._alarm(leg, now_ms + patience(self.paces.doubt_after_ms(*about)))
 
     def _spoke(self, leg: Leg, now_ms: float) -> None:
         """A leg gives its first content token: the first to do so is kept."""
@@ -502,7 +530,10 @@ class LiveDesk:
         call.leg, call.rival = leg, None
         if loser is None or loser is leg:
             return
-        if loser.sent_ms < leg.sent_ms:  # it was late, and how late it would have been is not known
+        if loser.spoke:  # it fell silent in the middle
+            self._fell_silent(loser, int(now_ms), hedged=True)
+            self._goes_on(call)
+        elif loser.sent_ms < leg.sent_ms:  # it was late, and how late it would have been is not known
             pace, _ = self._first_pace(loser)
             self.paces.first(model, pace, loser.prompt_bytes, loser.waves, now_ms - loser.sent_ms)
             self.places.suspects.stalled(loser.vehicle_id, int(now_ms))
@@ -571,30 +602,49 @@ class LiveDesk:
     def _overdue(self, leg: Leg, now_ms: int) -> None:
         """Nothing was heard of a leg in time."""
         call = leg.call
-        if not leg.spoke and now_ms < leg.first_due_ms:
-            if leg is call.leg and call.rival is None:
+        if now_ms < leg.due_ms:
+            self._alarm(leg, leg.due_ms)
+            if leg is not call.leg or call.rival is not None:
+                return
+            if leg.spoke and call.switching and call.successor is not None:
+                self._hand_over(call, leg, call.successor)  # which is ready: there is nothing to wait for
+            elif call.successor is None:
                 self._hedge(call, leg)
-            self._alarm(leg, leg.first_due_ms)
             return
         if leg is call.leg:
-            self.counts.stalled += 1
             call.tries.stalled += 1
-        self._doubt(leg, now_ms)
-        self.places.suspects.stalled(leg.vehicle_id, now_ms)
+        self._fell_silent(leg, now_ms, hedged=leg is call.leg and leg.spoke and call.rival is not None)
         self._broke(leg, close=True)
 
     def _hedge(self, call: Call, leg: Leg) -> None:
         """Ask a second vehicle as well, if there is one and the budget allows it."""
         others = call.tried | {leg.vehicle_id}
-        vehicle_id = self.places.choose(call.request.model, call.tier, others)
+        tier = Tier.GOING_ON if leg.spoke else call.tier
+        vehicle_id = self.places.choose(call.request.model, tier, others)
         if vehicle_id is None or not self._budget.spend():
             return
-        self.counts.hedged += 1
-        call.hedged = True
+        if not leg.spoke:  # whether a stream that goes on was asked for twice will be known when one of the two speaks
+            self._was_hedged(call)
         call.rival = self._send(call, vehicle_id)
 
-    def _doubt(self, leg: Leg, now_ms: int) -> None:
-        if leg is leg.call.successor:
+    def _was_hedged(self, call: Call) -> None:
+        self.counts.hedged += 1
+        call.hedged = True
+
+    def _drop_rival(self, call: Call) -> None:
+        """The vehicle of a stream has spoken before the one that was to go on with it."""
+        assert call.rival is not None
+        self._was_hedged(call)
+        rival, call.rival = call.rival, None
+        self._release(rival, close=True)
+
+    def _fell_silent(self, leg: Leg, now_ms: int, *, hedged: bool) -> None:
+        """A leg is given up without a word; ``hedged``: another one goes on since before its deadline."""
+        call = leg.call
+        if leg is call.leg or hedged:
+            self.counts.stalled += 1
+        self.places.suspects.stalled(leg.vehicle_id, now_ms)
+        if leg is call.successor:
             return
         pace = leg.pace if leg.spoke else self._first_pace(leg)[0]
         self._doubts.append(
@@ -605,6 +655,7 @@ class LiveDesk:
                 model=leg.call.request.model,
                 first=None if leg.spoke else (leg.prompt_bytes, leg.waves),
                 took_ms=now_ms - (leg.heard_ms if leg.spoke else leg.sent_ms),
+                hedged=hedged,
             )
         )
 
@@ -626,13 +677,17 @@ class LiveDesk:
                     self.paces.first(doubt.model, doubt.pace, *doubt.first, doubt.took_ms)
             elif now_ms <= doubt.since_ms + DOUBT_MS:
                 kept.append(doubt)
+            elif doubt.hedged:
+                self._budget.give_back()  # it was gone
         self._doubts = kept
 
     # -- handing over --------------------------------------------------------------------------------------------------
 
     def _prepare(self, call: Call, leg: Leg, now_ms: int) -> None:
         """The vehicle of a stream will leave: have a safer one read all that there is."""
-        if call.successor is not None or not leg.spoke or not call.request.stream or now_ms < call.unprepared_until_ms:
+        if call.successor is not None or call.rival is not None or not leg.spoke or not call.request.stream:
+            return
+        if now_ms < call.unprepared_until_ms:
             return
         vehicle_id = self.places.choose(call.request.model, Tier.GOING_ON, call.tried | {leg.vehicle_id})
         risks = (None, None) if vehicle_id is None else (self.places.risk(vehicle_id), self.places.risk(leg.vehicle_id))
@@ -674,6 +729,7 @@ class LiveDesk:
     def on_tick(self) -> None:
         """Break off what runs on vehicles that are gone; have others ready for those that will go."""
         self._settle_doubts()
+        self._avoid_the_gone()
         for vehicle_id in list(self._by_vehicle):
             self.on_report(vehicle_id)
         self.waiting.look()
@@ -696,6 +752,26 @@ class LiveDesk:
                 if leg is leg.call.leg:
                     self._prepare(leg.call, leg, now_ms)
 
+    def on_gone(self, vehicle_id: str) -> None:
+        """The connection of a vehicle has ended: nothing more will come of it, whatever it was doing."""
+        self.counts.gone += 1
+        self._gone[vehicle_id] = self._cell.now_ms()
+        self.places.suspects.stalled(vehicle_id, self._clock_ms())
+        for leg in list(self._by_vehicle.get(vehicle_id, {}).values()):
+            self._departed(leg)
+
+    def _avoid_the_gone(self) -> None:
+        """Who has no connection gets nothing until it reports again; one that is offline gets nothing anyway."""
+        for vehicle_id, since_ms in list(self._gone.items()):
+            vehicle = self._cell.scheduler.vehicles.get(vehicle_id)
+            if vehicle is None or vehicle.offline:
+                del self._gone[vehicle_id]
+            elif vehicle.seen_ms > since_ms + DOUBT_MS:  # what came before may have been on its way
+                del self._gone[vehicle_id]
+                self.places.suspects.spoke(vehicle_id)
+            else:
+                self.places.suspects.stalled(vehicle_id, self._clock_ms())
+
     def on_struck_off(self, vehicle_id: str) -> None:
         """Break off what runs on a vehicle that was revoked."""
         for leg in list(self._by_vehicle.get(vehicle_id, {}).values()):
@@ -705,3 +781,18 @@ class LiveDesk:
         """Messages may have been lost, the last ones too: everything goes on from what is here."""
         for leg in list(self._legs.values()):
             self._departed(leg, blamed=False)
+
+
+def _speaks(delta: wire.Delta) -> bool:
+    return bool(delta.text or delta.token_ids or delta.finish_reason or delta.calls)
+
+
+def _billed(item: _Item, bill: ev.SchedulerEvent | None = None) -> _Item | WholeAnswer:
+    """The same with its bill, if its caller is to pay it."""
+    if not isinstance(bill, ev.LiveEnded):
+        return item
+    if isinstance(item, (LastTokens, WholeAnswer)):
+        return msgspec.structs.replace(item, bill=bill)
+    if isinstance(item, LiveAnswer):
+        return WholeAnswer(status=item.status, body=item.body, footprint=item.footprint, bill=bill)
+    return item

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from motorpool import wire
-from motorpool.core.pricing import Shares, extend
+from motorpool.core import events as ev
+from motorpool.core.accepted import MAX_TEMPLATE_TOKENS
+from motorpool.core.pricing import Price, Shares, extend, trim
 from motorpool.core.streams import Tier, Tries, tier_of
 from motorpool.errors import CallerError
-from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens
-from motorpool.types import MAX_CHECKPOINT_BYTES
+from motorpool.server.cell import Carried, LiveAnswer, LiveRequest, LiveTokens
+from motorpool.types import MAX_CHECKPOINT_BYTES, Usage
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,23 @@ class _Asked(msgspec.Struct):
     max_completion_tokens: int | None = None
 
 
+class _Function(msgspec.Struct):
+    """The next part of what is called."""
+
+    name: str = ""
+    arguments: str = ""
+
+
+class _Fragment(msgspec.Struct):
+    """The next part of a tool call."""
+
+    index: int
+    id: str = ""
+    function: _Function = msgspec.field(default_factory=_Function)
+
+
 _asked = msgspec.json.Decoder(_Asked)
+_fragments = msgspec.json.Decoder(list[_Fragment])
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -50,15 +68,17 @@ class About(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class LastTokens(LiveTokens, frozen=True, kw_only=True):
-    """The end of a stream."""
+    """The end of a stream. ``bill``: what the caller has to pay in the books, if that is the caller's to do."""
 
     about: About = About()
+    bill: ev.LiveEnded | None = None
 
 
 class WholeAnswer(LiveAnswer, frozen=True, kw_only=True):
-    """A whole answer."""
+    """A whole answer, or an error. ``bill``: what the caller has to pay in the books, if that is the caller's to do."""
 
     about: About = About()
+    bill: ev.LiveEnded | None = None
 
 
 class Leg:
@@ -66,9 +86,10 @@ class Leg:
 
     __slots__ = (
         "attempt",
+        "base_tokens",
         "call",
+        "due_ms",
         "excused",
-        "first_due_ms",
         "heard_ms",
         "incarnation",
         "key",
@@ -89,11 +110,12 @@ class Leg:
         self.vehicle_id = vehicle_id
         self.key = key  # of its alarm
         self.attempt = attempt
+        self.base_tokens = call.handed_back_tokens  # it was sent with these; the others that it hands back are its own
         self.incarnation = ""
         self.pace = ""  # the class of its vehicle
         self.prompt_bytes = 0
         self.measured = True  # its first token says something about others
-        self.first_due_ms = 0
+        self.due_ms = 0  # when it is given up, if it does not speak before
         self.waves = 1
         self.sent_ms = now_ms
         self.heard_ms = now_ms
@@ -107,7 +129,7 @@ class Leg:
 class _Part:
     """One choice of an answer so far."""
 
-    __slots__ = ("finish_reason", "ids_complete", "logprobs", "text", "token_ids", "tokens")
+    __slots__ = ("calls", "finish_reason", "ids_complete", "logprobs", "text", "token_ids", "tokens")
 
     def __init__(self) -> None:
         self.text: list[str] = []
@@ -115,6 +137,7 @@ class _Part:
         self.token_ids: list[int] = []
         self.ids_complete = True  # some engines do not report them
         self.logprobs: list[bytes] = []
+        self.calls: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
 
     def pack(self) -> wire.CheckpointChoice:
@@ -124,7 +147,23 @@ class _Part:
             token_ids=self.token_ids if self.ids_complete else [],
             logprobs=_joined(self.logprobs),
             finish_reason=self.finish_reason,
+            calls=msgspec.json.encode(self.calls) if self.calls else b"",
         )
+
+    def call(self, fragments: bytes) -> None:
+        """Remember fragments of tool calls; those that cannot be read are passed over."""
+        try:
+            found = _fragments.decode(fragments)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            log.warning("the tool calls of a vehicle are unreadable")
+            return
+        for each in found:
+            if each.index == len(self.calls):
+                self.calls.append({"id": each.id, "type": "function", "function": {"name": "", "arguments": ""}})
+            if each.index < len(self.calls):
+                function = self.calls[each.index]["function"]
+                function["name"] += each.function.name
+                function["arguments"] += each.function.arguments
 
 
 class Transcript:
@@ -145,6 +184,16 @@ class Transcript:
         """How much there is to read besides the prompt, roughly."""
         return 4 * self.tokens
 
+    def restore(self, carried: Carried) -> None:
+        """What was said before this request, of its only choice."""
+        part = self._parts[0] = _Part()
+        part.text = [carried.text]
+        part.tokens = self.tokens = carried.tokens
+        part.token_ids = list(carried.token_ids)
+        part.ids_complete = len(carried.token_ids) == carried.tokens
+        part.logprobs = [carried.logprobs] if carried.logprobs else []
+        part.finish_reason = carried.finish_reason
+
     def note(self, deltas: list[wire.Delta]) -> list[wire.Delta]:
         """Remember what is new; return what the client gets. Of a choice that has ended nothing is new."""
         fresh = [delta for delta in deltas if self._note(delta)]
@@ -155,7 +204,7 @@ class Transcript:
             return False
         part = self._parts.get(delta.index)
         if part is None:
-            if not (delta.text or delta.token_ids or delta.finish_reason):
+            if not (delta.text or delta.token_ids or delta.finish_reason or delta.calls):
                 return True
             part = self._parts[delta.index] = _Part()
         elif part.finish_reason is not None:
@@ -168,6 +217,8 @@ class Transcript:
         part.token_ids.extend(delta.token_ids)
         if delta.logprobs:
             part.logprobs.append(delta.logprobs)
+        if delta.calls:
+            part.call(delta.calls)
         part.finish_reason = delta.finish_reason
         return True
 
@@ -193,6 +244,7 @@ class Transcript:
             token_ids=one.token_ids,
             logprobs=one.logprobs,
             choices=choices if one.finish_reason is not None else [],
+            calls=one.calls,
         )
 
 
@@ -256,7 +308,9 @@ class Call:
 
     def __init__(self, request: LiveRequest) -> None:
         self.request = request
-        self.tier, self.limit_tokens = _read(request.body)
+        self.tier, named_tokens = _read(request.body)
+        self.limit_tokens = named_tokens or DEFAULT_LIMIT_TOKENS
+        self._most_tokens = named_tokens * request.choices  # of all its choices; 0 if no limit was named
         self.incoming = Mailbox()
         self.leg: Leg | None = None  # the one whose words count
         self.rival: Leg | None = None  # the same request on a second vehicle, until one of them speaks
@@ -277,6 +331,17 @@ class Call:
         self.energy_uwh: dict[str, int] = {}  # what each vehicle drew for it
         self.is_measured = True
         self.paid = False
+        if request.carried is not None:
+            self._take_up(request.carried)
+
+    def _take_up(self, carried: Carried) -> None:
+        """It was broken off before, and its caller has kept what came of it."""
+        self.energy_uwh = dict(carried.energy_uwh)
+        self.is_measured = not carried.energy_uwh  # nobody knows any more
+        if carried.tokens:
+            self.transcript.restore(carried)
+            self.delivered = carried.tokens
+            self.shares = carried.shares
 
     @property
     def vehicle_id(self) -> str | None:
@@ -316,19 +381,49 @@ class Call:
             self.energy_uwh[vehicle_id] = self.energy_uwh.get(vehicle_id, 0) + energy_uwh
             self.is_measured = self.is_measured and is_measured
 
-    def take(self, vehicle_id: str, checkpoint: bytes | None) -> None:
+    @property
+    def handed_back_tokens(self) -> int:
+        """How many tokens of a plain answer there are to go on with."""
+        return 0 if self.handed_back is None else sum(count for _, count in self.shares)
+
+    def take(self, leg: Leg, checkpoint: bytes | None) -> None:
         """A vehicle handed a plain request back with what it had generated; of a stream, what was emitted counts."""
-        if checkpoint is None or self.request.stream or self.request.choices != 1:
+        if checkpoint is None or self.request.stream:
             return
-        known = sum(count for _, count in self.shares)
         try:
             tokens = wire.decode_checkpoint(checkpoint).tokens
         except CallerError:
-            log.warning("%s: a checkpoint of %s is unreadable", self.request.request_id, vehicle_id)
+            log.warning("%s: a checkpoint of %s is unreadable", self.request.request_id, leg.vehicle_id)
             return
-        if tokens > known:
+        if tokens > self.handed_back_tokens:
             self.handed_back = checkpoint
-            self.shares = extend(self.shares, vehicle_id, tokens - known)
+            base = min(leg.base_tokens, tokens)
+            self.shares = extend(trim(self.shares, base), leg.vehicle_id, tokens - base)
+
+    def bill(self, usage: Usage, finisher: str, price: Price) -> ev.LiveEnded:
+        """What is to be paid for it: no more tokens than its answer can have, to each vehicle those that were its own.
+
+        Of a stream, what was delivered is known. Of a plain answer the last vehicle says how many tokens of those
+        before it it has used: one that began anew, as it was asked beside them, has made all of it.
+        """
+        prompt = min(usage.prompt_tokens, len(self.request.body) + MAX_TEMPLATE_TOKENS)
+        completion = usage.completion_tokens
+        if self._most_tokens:
+            completion = min(completion, self._most_tokens)
+        used = completion if self.request.stream else min(usage.carried_tokens, completion)
+        shares = trim(self.shares, used)
+        known = sum(count for _, count in shares)
+        return ev.LiveEnded(
+            cause_id=self.request.request_id,
+            request_id=self.request.request_id,
+            account=self.request.account,
+            price=price,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            finisher=finisher,
+            shares=extend(shares, finisher, completion - known),
+            energy_uwh=self.energy_uwh,
+        )
 
     def checkpoint(self) -> bytes | None:
         """From where the next vehicle goes on; None to begin at the start."""
@@ -336,10 +431,13 @@ class Call:
 
 
 def _read(body: bytes) -> tuple[Tier, int]:
-    """How urgent a request is, and how long its answer may become; what cannot be read is refused elsewhere."""
+    """How urgent a request is, and how long its answer may become, 0 if it does not say.
+
+    What cannot be read is refused elsewhere.
+    """
     try:
         asked = _asked.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return Tier.DEFAULT, DEFAULT_LIMIT_TOKENS
+        return Tier.DEFAULT, 0
     limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-    return tier_of(asked.service_tier), limit or DEFAULT_LIMIT_TOKENS
+    return tier_of(asked.service_tier), limit or 0

@@ -12,12 +12,14 @@ Called by: ``server.main``; the API speaks to it through ``server.cell.Cell``. M
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -35,14 +37,14 @@ from motorpool.server.cell import LiveAnswer, LiveRequest, LiveTokens, ValidBatc
 from motorpool.server.entries import Entry, InputFile, log_foreign, progress_entry, work_entry
 from motorpool.server.live import LiveDesk
 from motorpool.server.news import OwnerNews
-from motorpool.server.openai.lines import parse_line
+from motorpool.server.openai.lines import body_for, kind_of
 from motorpool.server.quotes import Quotes
 from motorpool.server.reports import Reports
+from motorpool.server.snapshots import Snapshots
 from motorpool.server.writing import write
-from motorpool.store import books, fleet_settings, owners
+from motorpool.store import books, fleet_settings, owners, recovery
 from motorpool.store.blobs import BlobStore
 from motorpool.store.database import Database, translate
-from motorpool.types import Kind
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,6 +87,7 @@ class CellLoop:
         self.news = OwnerNews(self, currency)
         self.reports = Reports()
         self.quotes = Quotes(self)
+        self.snapshots = Snapshots(database.path)
         self.enrolled: set[str] = set()
         self._link: CellLink | None = None
         self._inbox: deque[Entry] = deque()
@@ -106,10 +109,10 @@ class CellLoop:
         """Committed state, for reading only."""
         return self._database.reader
 
-    async def write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(self, change: Callable[[sqlite3.Connection], T], *, bill: ev.LiveEnded | None = None) -> T:
         """Run ``change`` in the next transaction; see ``Cell.write``."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._post(Entry(change=change, done=done))
+        self._post(Entry(change=change, event=bill, done=done))
         return await done
 
     async def start_batch(self, batch: ValidBatch) -> None:
@@ -165,9 +168,9 @@ class CellLoop:
         """Run a plain live request; see ``Cell.answer``."""
         return await self.desk.answer(request)
 
-    def serving(self, model: str) -> int:
-        """How many vehicles could run a model now."""
-        return self.scheduler.serving(model)
+    def serving(self, model: str, regions: tuple[str, ...] = (), min_trust: int = 0) -> int:
+        """How many vehicles could run a model now; see ``Cell.serving``."""
+        return self.scheduler.able(model, regions, min_trust) if regions or min_trust else self.scheduler.serving(model)
 
     def live(self, request: LiveRequest) -> AsyncIterator[LiveTokens | LiveAnswer]:
         """Run a live request; see ``Cell.live``."""
@@ -208,7 +211,7 @@ class CellLoop:
         self._link = link
         self._restore()
         self.quotes.restore()
-        await link.listen(self._on_state, self._on_live)
+        await link.listen(self._on_state, self._on_live, self._on_gone)
         link.pull_work(self._on_work)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
         self.ask_all()
@@ -255,6 +258,7 @@ class CellLoop:
         for file in self._files.values():
             file.stream.close()
         self._committer.shutdown()
+        await asyncio.to_thread(self.snapshots.close, self.scheduler, self.now_ms())
         self._database.close()
 
     def check(self) -> None:
@@ -287,15 +291,21 @@ class CellLoop:
     # -- from the books ------------------------------------------------------------------------------------------------
 
     def _restore(self) -> None:
+        with _no_collecting():
+            self._restore_all()
+
+    def _restore_all(self) -> None:
         db = self._database.writer
+        self.snapshots.suspend()
         self.scheduler = Scheduler(books.next_epoch(db), fast=_is_large(db))
-        self.enrolled = set()
+        self.scheduler.rests.restore(books.rests(db))
         for site in fleet_settings.list_sites(db):
             self.scheduler.set_site(site.name, site.limit_w, site.limit_vehicles)
         for customer in fleet_settings.shares(db):
             self.scheduler.set_weight(customer.account, customer.weight)
-        for row in books.list_vehicles(db):
-            self._restore_vehicle(row)
+        names, rows = recovery.vehicles(db)
+        self.enrolled = set(names)
+        self.scheduler.restore_vehicles(rows)
         for file in self._files.values():
             file.stream.close()
         self._files.clear()
@@ -306,13 +316,11 @@ class CellLoop:
                 finished.append(number)
             elif row["status"] != "validating":
                 self._restore_job(db, row)
-        commands: list[ev.Command] = []
-        for lease in books.leases(db):
-            if lease.job_no in self.scheduler.jobs and lease.vehicle_id in self.enrolled:
-                self.scheduler.restore_lease(lease)
-            else:
-                commands.append(ev.DropLease(lease_id=lease.lease_id))
+        leases, dropped = recovery.leases(db, self.scheduler.jobs, self.enrolled)
+        self.scheduler.restore_leases(leases)
+        commands: list[ev.Command] = [ev.DropLease(lease_id=lease_id) for lease_id in dropped]
         now = self.now_ms()
+        self.snapshots.restore(self.scheduler, now)
         db.execute("BEGIN IMMEDIATE")
         self._settled_ms = self._settled_ms or now + SETTLE_MS
         resumed = self.scheduler.resume(now, settled_ms=self._settled_ms)
@@ -322,29 +330,13 @@ class CellLoop:
             self._assemble(number)
         self._perform(acts)
 
-    def _restore_vehicle(self, row: sqlite3.Row) -> None:
-        self.enrolled.add(row["vehicle_id"])
-        withdrawn = row["withdrawn_ms"] is not None
-        is_set = row["site"] or row["trust"] or row["reserve"]
-        if withdrawn or row["region"] or row["paused_until_ms"] or is_set:
-            self.scheduler.restore_vehicle(
-                row["vehicle_id"],
-                region=row["region"],
-                withdrawn=withdrawn,
-                withdrawal_seen=bool(row["withdrawal_seen"]),
-                paused_until_ms=row["paused_until_ms"],
-                site=row["site"],
-                trust=row["trust"],
-                reserve=bool(row["reserve"]),
-            )
-
     def _restore_job(self, db: sqlite3.Connection, row: sqlite3.Row) -> None:
         number = row["batch_no"]
         carried, checkpoint_bytes = books.carried(db, number)
         terms = books.terms_of(db, number)
         self.scheduler.restore_job(
             _started(row, row["model"], books.price_of(row), books.read_index(db, number), terms),
-            done=books.done_lines(db, number),
+            done=recovery.done_lines(db, number),
             carried=carried,
             checkpoint_bytes=checkpoint_bytes,
             held=books.held(db, number),
@@ -370,7 +362,7 @@ class CellLoop:
             row = self.reader.execute("SELECT * FROM batch WHERE batch_no = ?", (batch_no,)).fetchone()
             index = books.read_index(self.reader, batch_no)
             stream = self.blobs.open(self._input_blob(row))
-            file = self._files[batch_no] = InputFile(stream, row["batch_id"], index)
+            file = self._files[batch_no] = InputFile(stream, row["batch_id"], row["endpoint"], index)
         return file
 
     def price_of(self, model: str) -> Price:
@@ -398,6 +390,10 @@ class CellLoop:
         if vehicle_id in self.enrolled:
             self.desk.on_message(vehicle_id, data)
 
+    def _on_gone(self, vehicle_id: str) -> None:
+        if vehicle_id in self.enrolled:
+            self.desk.on_gone(vehicle_id)
+
     async def _on_work(self, messages: list[WorkMessage]) -> None:
         for message in messages:
             try:
@@ -422,6 +418,7 @@ class CellLoop:
             self.desk.on_tick()
             self.news.on_tick()
             self.quotes.on_tick()
+            self.snapshots.on_tick(self.scheduler, self.now_ms())
 
     async def _run(self) -> None:
         while True:
@@ -605,7 +602,7 @@ class CellLoop:
         file = self._input(act.job_no)
         checkpoints = books.read_checkpoints(self._database.writer, act.job_no, act.with_checkpoint)
         items = [
-            wire.Item(line=number, body=parse_line(line)[1], checkpoint=checkpoints.get(number))
+            wire.Item(line=number, body=body_for(file.endpoint, line), checkpoint=checkpoints.get(number))
             for number, line in zip(act.lines, file.lines(act.lines), strict=True)
         ]
         grant = wire.Grant(
@@ -662,7 +659,7 @@ def _started(
         job_no=row["batch_no"],
         job_id=row["batch_id"],
         account=row["account"],
-        kind=Kind(row["endpoint"].removeprefix("/v1/")),
+        kind=kind_of(row["endpoint"]),
         model=model,
         price=price,
         expires_ms=row["expires_ms"],
@@ -672,6 +669,18 @@ def _started(
         min_trust=terms.min_trust,
         best_effort=terms.best_effort,
     )
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """While millions of objects are made, none of them garbage, looking for garbage takes as long as making them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _is_large(db: sqlite3.Connection) -> bool:

@@ -25,6 +25,7 @@ from motorpool.catalogue import Catalogue
 from motorpool.errors import MotorpoolError, SetupError
 from motorpool.server.admin.app import Admin
 from motorpool.server.fallback import FallbackSettings, PaidEndpoint
+from motorpool.server.feed import FedCell
 from motorpool.server.loop import CellLoop
 from motorpool.server.openai.app import build_app
 from motorpool.server.openai.files import expire_files, sweep_blobs
@@ -33,6 +34,7 @@ from motorpool.server.openai.settings import ApiSettings
 from motorpool.store.blobs import BlobStore
 from motorpool.store.database import Database
 from motorpool.trust.credentials import load_identity, write_secret
+from motorpool.trust.relays import FOLDER as RELAYS
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +155,8 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
         await nats.start()
         urls = [nats.url]
     database = Database(database_path(data_dir))
-    cell = CellLoop(
+    cell = FedCell(
+        relays=data_dir / RELAYS,
         database=database,
         blobs=BlobStore(data_dir / "files"),
         catalogue=config.catalogue,
@@ -171,6 +174,7 @@ async def run_server(config: ServerConfig, on_ready: Callable[[ServerReady], Non
         if link is None:
             return
         await cell.start(link)
+        await cell.listen_to_relays(urls, identity)
         key = admin_key(data_dir)
         base_url = f"http://{address(api_socket)}/v1"
         admin = Admin(cell, identity, config.vehicle_urls or urls, key, config.currency, api_url=base_url)

@@ -56,6 +56,9 @@ def _write_counts(db: sqlite3.Connection, command: ev.Command, now_ms: int) -> b
             books.add_vehicle_counts(db, command, now_ms)
         case ev.PostTransfers():
             books.post_transfers(db, command.transfers, now_ms)
+            books.save_rests(db, command.rests)
+            if command.request_id:
+                books.note_paid(db, command.request_id)
         case ev.SaveRegion():
             books.save_region(db, command.vehicle_id, command.region)
         case ev.SaveWithdrawal():

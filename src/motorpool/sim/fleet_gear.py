@@ -17,13 +17,27 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from motorpool.core.columns import NEVER, NONE, OFFLINE, WHOLE, WORKING, Ints, Records, Tables
-from motorpool.core.jit import kernel
+from motorpool.core.columns import (
+    ANY_REGION,
+    BEST_EFFORT,
+    NEVER,
+    NONE,
+    OFFLINE,
+    RELAXED,
+    RISK_BUCKETS,
+    WHOLE,
+    WORKING,
+    Ints,
+    Records,
+    Tables,
+)
+from motorpool.core.jit import allocating_kernel, kernel
 from motorpool.core.kernels import (
     OK,
     close_lease,
     finished,
     learn_speed,
+    lease_ms,
     oldest_grant_ms,
     open_lease,
     patience_ms,
@@ -31,9 +45,12 @@ from motorpool.core.kernels import (
     pull,
     recall,
     recount,
+    refusal,
     report,
+    share,
     shrink_lease,
     switch_to,
+    waiting,
     why_not,
 )
 from motorpool.core.planning import SILENT_MS
@@ -46,7 +63,7 @@ SLOTS: Final = 8  # requests that an engine runs at once
 IDLE_MS: Final = 300_000
 REFILL: Final = 0.45  # of its queue: when a vehicle has worked off so much, it comes for more
 MIN_STEP_MS: Final = 1_000
-MAX_LEASE_MS: Final = 3_600_000
+WAKE: Final = 16  # vehicles of a kind that are asked at once whether they have room for urgent lines
 
 AWAY: Final = 0
 HERE: Final = 1
@@ -68,6 +85,7 @@ FAILED_WHOLE: Final = 11  # of work that is done in one go: lost
 IDLE: Final = 16  # that could have been made while a vehicle had nothing, by the reason that it was given
 COUNTS: Final = 48
 
+OF_WORLD: Final = ("speed", "outage_per_h", "user", "permit_w", "region", "zone")
 CAR: Final = np.dtype(
     [
         ("due_ms", np.int64),
@@ -85,6 +103,12 @@ CAR: Final = np.dtype(
         ("crashes", np.int16),
         ("progress", np.float32),  # tokens of the line that it is at
         ("ghost", np.float32),  # work that it has and the cell has given to others meanwhile
+        ("speed", np.float32),  # what the world says of it: here, because all of a car lies together in memory
+        ("outage_per_h", np.float32),
+        ("user", np.int32),
+        ("permit_w", np.uint16),
+        ("region", np.uint8),
+        ("zone", np.uint8),
         ("phase", np.uint8),
         ("silent", np.uint8),  # without network
     ],
@@ -97,13 +121,6 @@ class Arena(NamedTuple):
 
     cars: Records
     slots: npt.NDArray[np.int32]
-    region: npt.NDArray[np.uint8]
-    zone: npt.NDArray[np.uint8]
-    resident: npt.NDArray[np.uint16]
-    speed: npt.NDArray[np.float32]
-    permit_w: npt.NDArray[np.uint16]
-    user: npt.NDArray[np.int32]
-    outage_per_h: npt.NDArray[np.float32]
     first: Ints
     start_ms: Ints
     end_ms: Ints
@@ -196,7 +213,7 @@ def _unschedule(a: Arena, v: int) -> None:
 def _speed(a: Arena, v: int, now_ms: int) -> float:
     """True speed now, tokens a second."""
     hour = min(now_ms // HOUR_MS, a.heat.shape[1] - 1)
-    return float(a.speed[v]) * float(a.heat[int(a.region[v]), hour])
+    return float(a.cars["speed"][v]) * float(a.heat[int(a.cars["region"][v]), hour])
 
 
 @kernel
@@ -258,8 +275,8 @@ def _advance(t: Tables, a: Arena, v: int, now_ms: int) -> None:
     if worked > 0.0:
         seconds = worked / speed
         hour = min(since // HOUR_MS, a.price.shape[1] - 1)
-        a.counts[ENERGY] += int(a.permit_w[v]) * seconds
-        a.counts[COST] += int(a.permit_w[v]) * seconds / 3.6e6 * int(a.price[int(a.zone[v]), hour])
+        a.counts[ENERGY] += int(a.cars["permit_w"][v]) * seconds
+        a.counts[COST] += int(a.cars["permit_w"][v]) * seconds / 3.6e6 * int(a.price[int(a.cars["zone"][v]), hour])
         a.hours[1, hour] += seconds
         if int(a.settings[NO_LEARNING]) == 0:
             learn_speed(t, v, worked, oldest_ms, now_ms)
@@ -332,7 +349,7 @@ def _give_back(t: Tables, a: Arena, v: int, silent_ms: int) -> int:
 def _tell(t: Tables, a: Arena, v: int, now_ms: int) -> None:
     """A vehicle reports: how long it will stay, as it has learnt; and how it is."""
     vehicles = t.vehicles
-    user = int(a.user[v])
+    user = int(a.cars["user"][v])
     hour = int(a.table_hour[min(now_ms // HOUR_MS, len(a.table_hour) - 1)])
     stay_min, risk = stay_bound_ms(a.stay_bound_min, a.table_hour, user, now_ms) // 60_000, int(a.risk_pct[user, hour])
     if int(a.settings[NO_FORECAST]) != 0:
@@ -340,7 +357,7 @@ def _tell(t: Tables, a: Arena, v: int, now_ms: int) -> None:
     vehicles["stay_min"][v] = min(stay_min, 65_534)
     vehicles["risk_pct"][v] = risk
     model = int(vehicles["model"][v])
-    report(t, v, WORKING, model, int(a.region[v]) + 1, SLOTS, int(a.permit_w[v]), now_ms)
+    report(t, v, WORKING, model, int(a.cars["region"][v]) + 1, SLOTS, int(a.cars["permit_w"][v]), now_ms)
 
 
 @kernel
@@ -369,7 +386,7 @@ def _arrive(t: Tables, a: Arena, v: int, now_ms: int) -> None:
 
 @kernel
 def _outage_mean_ms(a: Arena, v: int) -> int:
-    rate = float(a.outage_per_h[v])
+    rate = float(a.cars["outage_per_h"][v])
     return int(HOUR_MS / rate) if rate > 0.0 else 0
 
 
@@ -497,7 +514,7 @@ def _load(t: Tables, a: Arena, v: int, model: int, now_ms: int) -> None:
     a.cars["ready_ms"][v] = now_ms + takes_ms
     a.cars["last_ms"][v] = int(a.cars["ready_ms"][v])
     a.counts[SWITCHES] += 1
-    a.counts[SWITCHING] += takes_ms / 1000.0 * float(a.speed[v])
+    a.counts[SWITCHING] += takes_ms / 1000.0 * float(a.cars["speed"][v])
     t.vehicles["model"][v] = model
     recount(t, v)
 
@@ -510,10 +527,8 @@ def _fill(t: Tables, a: Arena, v: int, now_ms: int, out: Ints) -> bool:
         if j == NONE:
             return True
         per_line = float(t.jobs["work_per_line"][j])
-        speed = float(t.vehicles["speed"][v])
-        takes_ms = int(int(out[0]) * per_line * 4000.0 / speed) if speed > 0.0 else 0
-        expires_ms = now_ms + min(max(300_000, takes_ms), MAX_LEASE_MS)
-        if open_lease(t, v, j, int(out[0]), int(out[0]) * per_line, now_ms, expires_ms) == NONE:
+        work = int(out[0]) * per_line
+        if open_lease(t, v, j, int(out[0]), work, now_ms, now_ms + lease_ms(t, v, work)) == NONE:
             return False
         a.counts[GRANTS] += 1
 
@@ -526,7 +541,7 @@ def _pull(t: Tables, a: Arena, v: int, now_ms: int, out: Ints) -> bool:
     _tell(t, a, v, now_ms)
     if why_not(t, v, now_ms) != OK:
         cars["pull_ms"][v] = now_ms + IDLE_MS
-        a.counts[IDLE] += float(a.speed[v]) * IDLE_MS / 1000.0
+        a.counts[IDLE] += float(a.cars["speed"][v]) * IDLE_MS / 1000.0
         return True
     if now_ms >= int(cars["ready_ms"][v]):
         _load(t, a, v, switch_to(t, v, False), now_ms)
@@ -544,7 +559,7 @@ def _pull(t: Tables, a: Arena, v: int, now_ms: int, out: Ints) -> bool:
         row = int(t.leases["next"][row])
     if queue <= 0.0:
         wait_ms = 20_000 + (v % 17) * 1_000
-        a.counts[IDLE + int(out[1])] += float(a.speed[v]) * wait_ms / 1000.0
+        a.counts[IDLE + int(out[1])] += float(a.cars["speed"][v]) * wait_ms / 1000.0
         cars["pull_ms"][v] = now_ms + wait_ms
         return True
     busy_ms = int((queue - float(cars["progress"][v])) * 1000.0 / _speed(a, v, now_ms))
@@ -613,14 +628,63 @@ def _recall(t: Tables, a: Arena, now_ms: int) -> None:
         if int(t.leases["number"][row]) == NONE:
             continue
         v, j = int(t.leases["vehicle"][row]), int(t.leases["job"][row])
-        back = int(t.leases["left"][row]) - SLOTS
-        if back > 0 and int(a.cars["silent"][v]) == 0 and int(a.cars["phase"][v]) == HERE:
+        if int(a.cars["silent"][v]) != 0 or int(a.cars["phase"][v]) != HERE:
+            continue
+        _advance(t, a, v, now_ms)
+        if int(t.leases["number"][row]) == NONE or int(t.leases["vehicle"][row]) != v:
+            continue
+        back = int(t.leases["left"][row]) - (SLOTS if _oldest(t, v) == row else 0)
+        if back > 0:
             a.counts[RECALLED] += back
             t.jobs["leased"][j] -= back
-            shrink_lease(t, row, back)
+            if shrink_lease(t, row, back) == 0:
+                close_lease(t, row)
 
 
 @kernel
+def _wake(t: Tables, a: Arena, now_ms: int) -> None:
+    """Vehicles that have room for lines which are urgent come for them now, as their next report would have them do.
+
+    A report is a small message every few seconds; here a vehicle comes when it has worked off most of its queue.
+    """
+    regions = len(t.buckets) // (len(t.models) * RISK_BUCKETS)
+    for m in range(len(t.models)):
+        first = int(t.models["first"][m])
+        for place_no in range(first, first + int(t.models["count"][m])):
+            j = int(t.order[place_no])
+            if int(t.jobs["flags"][j]) & (RELAXED | BEST_EFFORT | WHOLE) != 0:
+                continue
+            wanted = waiting(t, j)
+            mask = int(t.jobs["regions"][j])
+            for where in range(int(t.free[2])):
+                if mask != ANY_REGION and (mask >> where) & 1 == 0:
+                    continue
+                for step in range(RISK_BUCKETS):
+                    if wanted > 0:
+                        wanted -= _wake_some(t, a, (m * regions + where) * RISK_BUCKETS + step, j, now_ms)
+
+
+@kernel
+def _wake_some(t: Tables, a: Arena, bucket: int, j: int, now_ms: int) -> int:
+    """Wake a few vehicles of a bucket; how many lines of the job they will take."""
+    v = int(t.buckets[bucket])
+    taken = 0
+    for _ in range(WAKE):
+        if v == NONE:
+            break
+        if int(a.cars["silent"][v]) == 0 and int(a.cars["phase"][v]) == HERE and refusal(t, v, j) == OK:
+            lines = share(t, v, j)
+            if lines > 0:
+                taken += lines
+                _unschedule(a, v)
+                a.cars["pull_ms"][v] = now_ms
+                _schedule(a, v)
+        v = int(t.vehicles["next"][v])
+        t.buckets[bucket] = v
+    return taken
+
+
+@allocating_kernel
 def run_until(t: Tables, a: Arena, rows: Ints, from_slot: int, until_ms: int, out: Ints) -> int:
     """Let time pass to ``until_ms``; the slot that is next, or -1 - slot if the lease table has to grow first.
 
@@ -632,6 +696,7 @@ def run_until(t: Tables, a: Arena, rows: Ints, from_slot: int, until_ms: int, ou
             plan(t, rows, slot * SLOT_MS)
             if int(a.settings[NO_REVOKE]) == 0:
                 _recall(t, a, slot * SLOT_MS)
+            _wake(t, a, slot * SLOT_MS)
         v = int(a.slots[slot])
         while v != NONE:
             _unschedule(a, v)
@@ -674,13 +739,6 @@ def _postpone(a: Arena, v: int) -> None:
 def columns_of(world: Any) -> dict[str, Any]:
     """The columns of a world that kernels read, by the names of ``Arena``."""
     return {
-        "region": world.region,
-        "zone": world.zone,
-        "resident": world.resident,
-        "speed": world.speed,
-        "permit_w": world.permit_w,
-        "user": world.user,
-        "outage_per_h": world.outage_per_h,
         "first": world.first,
         "start_ms": world.start_ms,
         "end_ms": world.end_ms,

@@ -258,12 +258,13 @@ def _arena(world: World, switches: Switches, cell: Cell) -> Arena:
     cars = np.zeros(len(world), gear.CAR)
     for name in ("due_ms", "end_ms", "outage_ms", "crash_ms", "pull_ms", "check_ms"):
         cars[name] = NEVER
+    for name in gear.OF_WORLD:
+        cars[name] = getattr(world, name)
     cars["next"] = -1
     cars["previous"] = -2
     if not switches.measured:
         cell.t.vehicles["speed"] = world.declared
     columns = gear.columns_of(world)
-    columns["region"] = world.region
     hours = world.horizon_ms // gear.HOUR_MS
     slots: npt.NDArray[np.int32] = np.full(world.horizon_ms // gear.SLOT_MS, -1, np.int32)
     return Arena(

@@ -6,7 +6,7 @@ Every function works inside the caller's transaction. Called by: ``server.loop``
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from motorpool.core import events as ev
 from motorpool.core.attribution import Footprint
 from motorpool.core.ledger import Transfer, vehicle_of
+from motorpool.core.ledger import job as job_rest
 from motorpool.core.pricing import Price, Shares
 from motorpool.store.owners import DAY_MS, forget_owner
 
@@ -201,6 +202,25 @@ def post_transfers(db: sqlite3.Connection, transfers: list[Transfer], now_ms: in
     db.executemany("UPDATE vehicle SET earned_micro = earned_micro + ? WHERE vehicle_id = ?", earned)
     day = now_ms // DAY_MS
     db.executemany(_DAY, [(vehicle_id, day, amount, 0, 0, 0, 0) for amount, vehicle_id in earned])
+
+
+def save_rests(db: sqlite3.Connection, rests: dict[str, int]) -> None:
+    """What is below a millionth now, of each of these names."""
+    db.executemany(
+        "INSERT INTO rest VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET atto = excluded.atto", rests.items()
+    )
+
+
+def rests(db: sqlite3.Connection) -> Iterator[tuple[str, int]]:
+    """All rests that are not zero."""
+    cursor = db.cursor()
+    cursor.row_factory = None  # there may be a million: plain tuples take half the time
+    return cursor.execute("SELECT name, atto FROM rest WHERE atto > 0")
+
+
+def note_paid(db: sqlite3.Connection, request_id: str) -> None:
+    """A live request is paid; one that was paid before raises sqlite3.IntegrityError, whatever it came to."""
+    db.execute("INSERT INTO paid_request VALUES (?)", (request_id,))
 
 
 def balance_micro(db: sqlite3.Connection, account: str) -> int:
@@ -485,7 +505,7 @@ def drop_line_data(db: sqlite3.Connection, batch_no: int, first: int, max_bytes:
 
     Returns where to go on, None at the end. The rows stay as proof of what was paid; the customer deletes the answers
     by deleting the file. Checkpoints and the index of the lines go too, the index last: where it is there, the rest may
-    be as well.
+    be as well. What is left of the job below a millionth is not charged any more, and forgotten.
     """
     low, high = _range(batch_no)
     cursor = db.execute(
@@ -509,5 +529,7 @@ def drop_line_data(db: sqlite3.Connection, batch_no: int, first: int, max_bytes:
     if more is None:
         db.execute("DELETE FROM checkpoint WHERE line_key >= ? AND line_key < ?", (low, high))
         db.execute("DELETE FROM held WHERE line_key >= ? AND line_key < ?", (low, high))
+        batch = db.execute("SELECT batch_id FROM batch WHERE batch_no = ?", (batch_no,)).fetchone()
+        db.execute("DELETE FROM rest WHERE name = ?", (job_rest(batch["batch_id"]),))
         db.execute("DELETE FROM line_index WHERE batch_no = ?", (batch_no,))
     return more

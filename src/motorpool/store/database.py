@@ -17,9 +17,9 @@ from typing import Final
 
 from motorpool.errors import StorageFullError, StoreError
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 # What leads to version 1, 2, ...
-SCHEMA_FILES: Final = ("schema.sql", "schema_2.sql", "schema_3.sql", "schema_4.sql", "schema_5.sql")
+SCHEMA_FILES: Final = ("schema.sql", *(f"schema_{version}.sql" for version in range(2, SCHEMA_VERSION + 1)))
 BUSY_TIMEOUT_MS: Final = 5000
 
 

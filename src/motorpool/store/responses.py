@@ -182,14 +182,20 @@ def read_pieces(connection: Connection, number: int) -> list[bytes]:
 
 
 def finish_response(connection: Connection, number: int, status: str, result: bytes, now_ms: int) -> bool:
-    """The end of a response; False if it was deleted meanwhile."""
+    """The end of a response; False if it has ended before, or was deleted meanwhile."""
     changed = connection.execute(
         "UPDATE response SET status = :status, result = :result, ended_ms = :now_ms, body = NULL,"
         " size_bytes = length(facts) + length(items) + length(:result) + (SELECT coalesce(sum(length(pieces)), 0)"
-        " FROM response_piece WHERE response_piece.response_no = :number) WHERE response_no = :number",
+        " FROM response_piece WHERE response_piece.response_no = :number)"
+        " WHERE response_no = :number AND ended_ms IS NULL",
         {"status": status, "result": result, "now_ms": now_ms, "number": number},
     )
     return changed.rowcount == 1
+
+
+def is_there(connection: Connection, number: int) -> bool:
+    """Whether a response was not deleted."""
+    return connection.execute("SELECT 1 FROM response WHERE response_no = ?", (number,)).fetchone() is not None
 
 
 def delete_response(connection: Connection, account: str, response_id: str) -> bool:

@@ -9,6 +9,8 @@ Called by: ``bus``, ``server``, ``cli``. Must not: open connections.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 from pathlib import Path
 from typing import Final
@@ -20,6 +22,26 @@ from motorpool.errors import SetupError, TrustError
 from motorpool.trust.nkeys import ACCOUNT, OPERATOR, USER, KeyPair, account_claims, issue, operator_claims, user_claims
 
 CELL_INBOX: Final = "_INBOX.c"
+WATCH_INBOX: Final = "_INBOX.w"
+
+
+class _Allowed(msgspec.Struct):
+    """Subjects."""
+
+    allow: list[str] = []
+
+
+class _Claims(msgspec.Struct):
+    """What a user may do."""
+
+    pub: _Allowed = msgspec.field(default_factory=_Allowed)
+
+
+class _Vouched(msgspec.Struct):
+    """What is read of a JWT that the message server has checked."""
+
+    name: str
+    nats: _Claims = msgspec.field(default_factory=_Claims)
 
 
 def vehicle_inbox(vehicle_id: str) -> str:
@@ -90,6 +112,18 @@ class CellIdentity(msgspec.Struct, frozen=True, kw_only=True):
         user = KeyPair.from_seed(self.user_seed)
         return issue(KeyPair.from_seed(self.account_seed), user.public, "cell", user_claims(), self.issued_s)
 
+    @property
+    def watched(self) -> list[str]:
+        """Where the message server says who has connected to the cell's account, and whose connection has ended."""
+        account = KeyPair.from_seed(self.account_seed).public
+        return [f"$SYS.ACCOUNT.{account}.CONNECT", f"$SYS.ACCOUNT.{account}.DISCONNECT"]
+
+    def watch_jwt(self) -> str:
+        """The cell's user in the system account: it may hear of connections, and nothing else."""
+        user = KeyPair.from_seed(self.user_seed)
+        claims = user_claims(publish=[WATCH_INBOX], subscribe=self.watched)  # an empty list would allow everything
+        return issue(KeyPair.from_seed(self.system_seed), user.public, "watch", claims, self.issued_s)
+
     def enrol(self, vehicle_id: str, urls: list[str], issued_s: int) -> VehicleCredentials:
         """Credentials for one vehicle, good for its own subjects alone."""
         wire.check_id(vehicle_id, "vehicle_id")
@@ -100,6 +134,19 @@ class CellIdentity(msgspec.Struct, frozen=True, kw_only=True):
         )
         jwt = issue(KeyPair.from_seed(self.account_seed), user.public, vehicle_id, claims, issued_s)
         return VehicleCredentials(vehicle_id=vehicle_id, urls=urls, jwt=jwt, seed=user.seed)
+
+
+def vehicle_in(jwt: str) -> str | None:
+    """The vehicle that a user is; None for other users, as the cell's own, and for what cannot be read.
+
+    For those JWTs alone that the message server has checked: their signatures are not looked at here.
+    """
+    body = jwt.split(".")[1] if jwt.count(".") == 2 else ""
+    try:
+        found = msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=_Vouched)
+    except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error):
+        return None
+    return found.name if wire.up_subject(found.name, "live") in found.nats.pub.allow else None
 
 
 def write_secret(path: Path, data: bytes) -> None:

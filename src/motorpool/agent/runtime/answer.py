@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import msgspec
 
+from motorpool.agent.runtime.calls import Calls
 from motorpool.agent.runtime.engine import Finished, Work
 from motorpool.errors import CallerError, MotorpoolError
 from motorpool.types import Kind, Usage
-from motorpool.wire import Checkpoint, decode_checkpoint
+from motorpool.wire import Checkpoint, CheckpointChoice, decode_checkpoint
 
 _encoder = msgspec.json.Encoder()
 Entry = dict[str, Any]
@@ -51,27 +52,33 @@ def carried(work: Work) -> Checkpoint | None:
 
 def carried_choices(work: Work, count: int) -> list[Checkpoint | None]:
     """The same for each of ``count`` choices: what was given out of any of them is never given out again."""
-    found = _checkpoint(work)
-    if found is None:
-        return [None] * count
-    if count == 1 and not found.choices:
-        return [found if found.tokens > 0 else None]
-    if len(found.choices) != count:
-        return [None] * count
     return [
-        Checkpoint(text=each.text, tokens=each.tokens, token_ids=each.token_ids, logprobs=each.logprobs)
+        Checkpoint(
+            text=each.text, tokens=each.tokens, token_ids=each.token_ids, logprobs=each.logprobs, calls=each.calls
+        )
         if each.tokens > 0
         else None
-        for each in found.choices
+        for each in _choices(work, count)
     ]
 
 
 def carried_ends(work: Work, count: int) -> list[str | None]:
     """Why each choice has ended on an earlier vehicle; None for those that have not."""
+    return [each.finish_reason for each in _choices(work, count)]
+
+
+def _choices(work: Work, count: int) -> list[CheckpointChoice]:
+    """What each choice has so far; those that no vehicle had come to yet need not stand in the checkpoint."""
     found = _checkpoint(work)
-    if found is None or len(found.choices) != count:
-        return [None] * count
-    return [each.finish_reason for each in found.choices]
+    if found is None:
+        return [CheckpointChoice()] * count
+    one = CheckpointChoice(
+        text=found.text, tokens=found.tokens, token_ids=found.token_ids, logprobs=found.logprobs, calls=found.calls
+    )
+    choices = found.choices or [one]
+    if len(choices) > count:
+        return [CheckpointChoice()] * count
+    return [*choices, *[CheckpointChoice()] * (count - len(choices))]
 
 
 def holds(work: Work) -> bool:
@@ -85,8 +92,10 @@ def _checkpoint(work: Work) -> Checkpoint | None:
         return None
     try:
         found = decode_checkpoint(work.checkpoint)
-        for logprobs in (found.logprobs, *(each.logprobs for each in found.choices)):
+        parts = [(each.logprobs, each.calls) for each in found.choices]
+        for logprobs, calls in [(found.logprobs, found.calls), *parts]:
             unpack_entries(logprobs)
+            Calls(calls)
     except (CallerError, msgspec.DecodeError, RecursionError):
         return None
     return found
@@ -169,15 +178,6 @@ def _text_choice(choice: Choice) -> dict[str, Any]:
         "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
     }
-
-
-def merge_tool_call(calls: dict[int, dict[str, Any]], part: dict[str, Any]) -> None:
-    """Add a part of a streamed tool call to the whole."""
-    whole = calls.setdefault(int(part.get("index", 0)), {"id": "", "type": "function", "function": {}})
-    if part.get("id"):
-        whole["id"] = part["id"]
-    for name, text in (part.get("function") or {}).items():
-        whole["function"][name] = whole["function"].get(name, "") + (text or "")
 
 
 def parallel(entries: list[Entry], offset: int) -> dict[str, Any]:

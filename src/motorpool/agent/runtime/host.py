@@ -32,6 +32,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, cast
 
@@ -57,13 +58,17 @@ _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
 
 
-def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel end this process when its parent ends; end now if the parent has already changed."""
+def _leave() -> None:
+    os._exit(EXIT_ORPHAN)
+
+
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL, orphaned: Callable[[], None] = _leave) -> None:
+    """Have the kernel end this process when its parent ends; ``orphaned`` at once if the parent has already changed."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise SetupError(f"prctl failed: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != parent:
-        os._exit(EXIT_ORPHAN)
+        orphaned()
 
 
 def leave_no_core_dump() -> None:
@@ -219,6 +224,28 @@ def _is_gone(engine: int) -> bool:
     return False
 
 
+def _step_out(groups: list[Path]) -> bool:
+    """Move this process out of the engine's control group into the agent's, if there are any."""
+    try:
+        for home in groups[:1]:
+            (home / "cgroup.procs").write_bytes(b"0")
+    except OSError:
+        return False
+    return True
+
+
+def _is_nobodys(lifeline: frames.Lifeline, agent: int, began: str) -> bool:
+    """Whether the agent does not clear up after its engine: it has ended too, perhaps a moment later, or hangs."""
+    folder = Path(os.environ.get("TMPDIR", ""))
+    for _ in range(REMOVE_TIMES):
+        if lifeline.over or lifeline.was_cut or _began(agent) != began:
+            return True
+        if folder.name.startswith(FOLDER_PREFIX) and not folder.exists():
+            return False
+        time.sleep(REMOVE_AGAIN_S)
+    return False
+
+
 def _clear_up(groups: list[Path]) -> None:
     """Remove what an engine that has ended had of the machine. What is still in use is left for the next agent."""
     folder = Path(os.environ.get("TMPDIR", ""))
@@ -252,15 +279,14 @@ def fork_watcher(lifeline: frames.Lifeline, silence_s: float, agent: int, groups
     hangs = False
     try:
         signal.signal(signal.SIGTERM, _tell)
-        die_with(engine, signal.SIGTERM)
+        die_with(engine, signal.SIGTERM, _tell)
         os.setsid()
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"motorpool-watch", 0, 0, 0)
         leave_no_core_dump()
-        for home in groups[:1]:
-            try:
-                (home / "cgroup.procs").write_bytes(b"0")
-            except OSError:  # then it is frozen with the engine, looks when that goes on, and could hear nothing before
-                die_with(engine)
+        if not _step_out(
+            groups
+        ):  # it is frozen with the engine, looks when that goes on, and could hear nothing before
+            die_with(engine)
         os.write(theirs, b"!")
         os.closerange(_FIRST_FREE_FD, os.sysconf("SC_OPEN_MAX"))  # the agent waits for the end of the engine's socket
         wait_for_silence(lifeline, silence_s)
@@ -273,7 +299,8 @@ def fork_watcher(lifeline: frames.Lifeline, silence_s: float, agent: int, groups
             time.sleep(REMOVE_AGAIN_S)
     except _Told:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if _is_gone(engine) and (hangs or _began(agent) != began):
+        _step_out(groups)  # it may have been told before it had come so far
+        if _is_gone(engine) and (hangs or _is_nobodys(lifeline, agent, began)):
             _clear_up(groups)
     finally:
         os._exit(0)

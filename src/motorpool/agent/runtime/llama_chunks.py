@@ -96,6 +96,11 @@ class TokenCount:
         entries = [] if self._top is None else [_openai_entry(entry, self._top) for entry in reported]
         return Piece(text=text, ids=ids, entries=entries)
 
+    def silent(self) -> list[int]:
+        """The tokens without text so far, as those of a tool call; they are told by this."""
+        found, self._silent = self._silent, []
+        return found
+
     def rest(self, made: int, *, ended: bool) -> list[int]:
         """Tokens that count as part of the answer and have left no text: half a character at the limit, a tool call.
 

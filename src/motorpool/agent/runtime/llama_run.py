@@ -14,7 +14,8 @@ answers and for those with a ``seed``. Five things bound it:
 * Without all ids (``-1`` in the checkpoint, or ids whose text is not the carried text) the text itself is continued;
   it may be cut into other tokens than the ones that were generated.
 * With tools the carried text goes to llama.cpp as the beginning of the assistant's message, because only its chat route
-  finds the calls. A call that had begun starts again after the text.
+  finds the calls. If a call had begun, the whole message is generated once more, unseen as far as the customer has it
+  (``calls``); so that it comes out the same, an answer with tools is drawn with a seed of its own if it names none.
 * llama.cpp tells nobody the state of its random numbers. So an answer with a seed and a temperature is drawn in
   segments of SEGMENT tokens, each with a seed of its own that follows from the request's; who continues it draws the
   tokens of the broken segment again, which nobody sees, and goes on. If one of them comes out otherwise, for the first
@@ -24,6 +25,7 @@ answers and for those with a ``seed``. Five things bound it:
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -32,6 +34,7 @@ import msgspec
 
 from motorpool.agent.runtime import answer
 from motorpool.agent.runtime.answer import Choice, Entry
+from motorpool.agent.runtime.calls import Calls
 from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Progressed, Work
 from motorpool.agent.runtime.flow import Flow, Piece
 from motorpool.agent.runtime.llama_chunks import CHUNK, Chunk, TokenCount
@@ -205,7 +208,9 @@ class _Generation:
         self._repeat = repeat
         self._socket = run.model.socket
         self._entries: list[Entry] = []
-        self._tools: dict[int, dict[str, Any]] = {}
+        self._calls = Calls(seed=self._name)
+        self._again = ""  # text that the customer has, and that is generated once more with the call after it
+        self._uncounted = 0  # tokens of the same
         self._count = TokenCount(lambda text: self._socket.tokens(text, prompt=False), body.top)
         self._flow = Flow(stops_of(body))
         self._reason: str | None = None
@@ -228,7 +233,8 @@ class _Generation:
         if carried is not None:
             ids = self._resume(carried)
         limit = self._body.limit_tokens
-        left = None if limit is None else limit - self.carried_tokens
+        again = carried is not None and bool(carried.calls)
+        left = None if limit is None else limit - (0 if again else self.carried_tokens)
         if ended is not None:
             self._reason = ended
         elif self._flow.stopped:
@@ -246,7 +252,7 @@ class _Generation:
             text=self._flow.text,
             finish_reason=self._finish_reason(),
             entries=None if self._body.top is None else self._entries,
-            tool_calls=[self._tools[at] for at in sorted(self._tools)] or None,
+            tool_calls=self._calls.whole(),
             echo=self._echo(),
         )
 
@@ -260,6 +266,9 @@ class _Generation:
         """Take over what was generated before; return its ids if they can be continued exactly."""
         self._flow = Flow(stops_of(self._body), carried.text)
         self._entries = answer.unpack_entries(carried.logprobs)
+        self._calls = Calls(carried.calls, self._name)
+        if self._calls.begun:
+            self._again, self._uncounted = carried.text, carried.tokens
         self.carried_tokens = self.tokens = carried.tokens
         ids = carried.token_ids
         if self._calls_tools or not ids or len(ids) != carried.tokens or min(ids) < 0:
@@ -268,6 +277,11 @@ class _Generation:
             return ids if self._socket.text(ids) == carried.text else []
         except MotorpoolError:  # ids that this model does not have
             return []
+
+    @property
+    def _name(self) -> str:
+        """What this choice is called on every vehicle."""
+        return f"{self._run.work.response_id}/{self._index}"
 
     @property
     def _calls_tools(self) -> bool:
@@ -291,8 +305,12 @@ class _Generation:
             rest = None  # not under this grammar so far: llama.cpp's own parser has more patience
         self._fed = list(ids)
         if self._shaped and rest is None:
-            self._call(self._run.model.server.handle_chat_completions, self._request(left) | self._shaped_for(text))
-            self._settle(0, exact=carried is None)
+            again = self._calls.begun
+            shaped = self._shaped_for("" if again else text)
+            self._call(self._run.model.server.handle_chat_completions, self._request(left) | shaped)
+            if self._again or not (self._error or self._mute or self._calls.caught_up):
+                raise EngineError("llama.cpp has made another answer than before")
+            self._settle(0, exact=carried is None or again)
         elif rest is not None and rest.is_over:
             self._reason = "stop"
         elif self._draws and (carried is None or ids):
@@ -361,6 +379,9 @@ class _Generation:
                 request[name] = value
         if self._body.seed is not None:
             request["seed"] = _seed(self._body.seed, self._repeat, 0)
+        elif self._calls_tools:
+            drawn = int.from_bytes(hashlib.sha256(self._run.work.response_id.encode()).digest()[:4], "big")
+            request["seed"] = _seed(drawn, self._repeat, 0)
         return request
 
     @property
@@ -453,16 +474,45 @@ class _Generation:
         piece = self._count.piece(chunk)
         if piece is not None and not self._mute:
             self._got(piece)
-        for call in choice.delta.tool_calls or []:
-            answer.merge_tool_call(self._tools, call)
+        if choice.delta.tool_calls and not self._mute:
+            self._called(choice.delta.tool_calls)
         if choice.finish_reason is not None:
             if self._replay:  # it ended before it came to where the customer's text ends: another way
                 self._paused = True
             else:
                 self._reason = choice.finish_reason
 
+    def _called(self, parts: list[dict[str, Any]]) -> None:
+        """Parts of tool calls, with the tokens that they are made of."""
+        if self._again:
+            raise EngineError("llama.cpp has made another answer than before")
+        calls, ids = self._calls.feed(parts), self._new(self._count.silent())
+        self.tokens += len(ids)
+        if calls or ids:
+            self._run.progress(Delta(index=self._index, text="", token_ids=ids, calls=calls))
+
+    def _new(self, ids: list[int]) -> list[int]:
+        """Those of these tokens that nobody has counted before."""
+        known = min(self._uncounted, len(ids))
+        self._uncounted -= known
+        return ids[known:]
+
+    def _over_again(self, piece: Piece) -> Piece | None:
+        """What of a piece of text comes after the text that the customer has."""
+        text = piece.text[len(self._again) :]
+        if not (piece.text.startswith(self._again) or self._again.startswith(piece.text)):
+            raise EngineError("llama.cpp has made another answer than before")
+        self._again = self._again[len(piece.text) :]
+        ids = self._new(piece.ids)
+        return Piece(text=text, ids=ids, entries=[]) if text or ids else None
+
     def _got(self, piece: Piece) -> None:
         """Text that llama.cpp has made: new, or drawn once more to get back to where another vehicle was."""
+        if self._again:
+            rest = self._over_again(piece)
+            if rest is None:
+                return
+            piece = rest
         count = len(piece.ids)
         if self._replay:
             if self._replay[:count] == piece.ids:
@@ -509,7 +559,7 @@ class _Generation:
             self.prompt_tokens = self._count_prompt()
         self.cached_tokens = min(self.cached_tokens, self.prompt_tokens)
         if self._reason is not None and not self._flow.stopped:
-            rest = self._count.rest(self._made, ended=self._reason != "length")
+            rest = self._new(self._count.rest(self._made, ended=self._reason != "length"))
             if rest:
                 self._give_out([Piece(text="", ids=rest, entries=[])], None)
 

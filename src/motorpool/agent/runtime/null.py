@@ -253,15 +253,7 @@ class _Run:
             at += rest
             if begin < end:
                 part = pieces[plan.given[index] + begin : plan.given[index] + end]
-                deltas.append(
-                    Delta(
-                        index=index,
-                        text="".join(piece.text for piece in part),
-                        token_ids=[number for piece in part for number in piece.ids],
-                        logprobs=answer.pack_entries([entry for piece in part for entry in piece.entries]),
-                        finish_reason=plan.reasons[index] if end == rest else None,
-                    )
-                )
+                deltas.append(plan.delta_of(index, part, plan.reasons[index] if end == rest else None))
             elif rest == 0 and first <= at <= last and not plan.ended[index]:
                 # Its text is all out, but nobody has said so yet; said twice at a border, it is said once.
                 plan.ended[index] = True

@@ -17,13 +17,15 @@ import msgspec
 
 from motorpool.agent.runtime import answer, embedding
 from motorpool.agent.runtime.answer import Choice, Entry
+from motorpool.agent.runtime.calls import Calls
 from motorpool.agent.runtime.engine import Finished, Work
 from motorpool.agent.runtime.flow import Flow, Piece
 from motorpool.agent.runtime.instance import minimal_instance
 from motorpool.agent.runtime.request import Body, ChatBody, parse, stops_of
 from motorpool.agent.runtime.spec import EngineSpec
+from motorpool.errors import CallerError
 from motorpool.types import Kind, Usage
-from motorpool.wire import Checkpoint
+from motorpool.wire import Checkpoint, Delta
 
 _ONSETS: Final = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "st")
 _RIMES: Final = ("a", "e", "i", "o", "u", "al", "en", "ir", "on", "um", "ak", "el", "is", "or", "un", "ai")
@@ -38,7 +40,8 @@ class Plan(msgspec.Struct, kw_only=True):
 
     ``choices`` holds the pieces of each choice, and so many of each as ``given`` says were given out by earlier
     vehicles; ``ended`` are the choices whose end was told as well. ``echoes`` is what the text of each choice begins
-    with. ``holds``: nothing is given out, the attempt only keeps its slot.
+    with. ``tool``: what every choice calls, if the request insists on it; the pieces are then those of its arguments,
+    and ``calls`` knows what of them was told. ``holds``: nothing is given out, the attempt only keeps its slot.
     """
 
     work: Work
@@ -49,7 +52,26 @@ class Plan(msgspec.Struct, kw_only=True):
     given: list[int]
     ended: list[bool]
     logprobs: bool
+    tool: str = ""
+    calls: list[Calls] = []
     holds: bool = False
+
+    def delta_of(self, index: int, pieces: list[Piece], finish_reason: str | None) -> Delta:
+        """The next pieces of one choice as they leave the engine."""
+        text = "".join(piece.text for piece in pieces)
+        fragment = b""
+        if self.tool:
+            name = "" if self.calls[index].named else self.tool
+            part = {"index": 0, "function": {"name": name, "arguments": text}}
+            fragment, text = self.calls[index].feed([part]), ""
+        return Delta(
+            index=index,
+            text=text,
+            token_ids=[number for piece in pieces for number in piece.ids],
+            logprobs=answer.pack_entries([entry for piece in pieces for entry in piece.entries]),
+            finish_reason=finish_reason,
+            calls=fragment,
+        )
 
     @property
     def total(self) -> int:
@@ -81,6 +103,7 @@ def plan(spec: EngineSpec, work: Work) -> Plan:
         reasons.append(reason)
     before = answer.carried_choices(work, len(choices))
     given = [0 if each is None else _carried(each, pieces) for each, pieces in zip(before, choices, strict=True)]
+    tool = _tool(body)
     return Plan(
         work=work,
         choices=choices,
@@ -89,9 +112,19 @@ def plan(spec: EngineSpec, work: Work) -> Plan:
         prompt_tokens=prompt_tokens,
         given=given,
         ended=[reason is not None for reason in answer.carried_ends(work, len(choices))],
-        logprobs=body.top is not None,
+        logprobs=body.top is not None and tool is None,
+        tool="" if tool is None else tool[0],
+        calls=[] if tool is None else [_resumed(work, *each) for each in zip(before, choices, given, strict=True)],
         holds=answer.holds(work),
     )
+
+
+def _resumed(work: Work, before: Checkpoint | None, pieces: list[Piece], given: int) -> Calls:
+    """The call of one choice, up to where earlier vehicles gave it out."""
+    calls = Calls(b"" if before is None else before.calls, work.response_id)
+    if given:
+        calls.feed([{"index": 0, "function": {"arguments": "".join(piece.text for piece in pieces[:given])}}])
+    return calls
 
 
 def finish(spec: EngineSpec, made: Plan) -> Finished:
@@ -100,7 +133,8 @@ def finish(spec: EngineSpec, made: Plan) -> Finished:
     choices = [
         Choice(
             index=index,
-            text="".join(piece.text for piece in pieces),
+            text="" if made.tool else "".join(piece.text for piece in pieces),
+            tool_calls=_whole_call(made, pieces),
             finish_reason=reason,
             entries=[entry for piece in pieces for entry in piece.entries] if made.logprobs else None,
             echo=made.echoes[index],
@@ -108,6 +142,15 @@ def finish(spec: EngineSpec, made: Plan) -> Finished:
         for index, (pieces, reason) in enumerate(zip(made.choices, made.reasons, strict=True))
     ]
     return answer.finished(made.work, spec.model, name_of(spec), choices, usage)
+
+
+def _whole_call(made: Plan, pieces: list[Piece]) -> list[dict[str, Any]] | None:
+    if not made.tool:
+        return None
+    calls = Calls(seed=made.work.response_id)
+    function = {"name": made.tool, "arguments": "".join(piece.text for piece in pieces)}
+    calls.feed([{"index": 0, "function": function}])
+    return calls.whole()
 
 
 def embed(spec: EngineSpec, work: Work) -> Finished:
@@ -148,6 +191,8 @@ class Quick:
         body = parse(work.kind, work.body)
         if type(body) is not ChatBody or body.stop or body.logprobs or body.response_format or (body.n or 1) > 1:
             return None
+        if _tool(body) is not None:
+            return None
         spec = self._spec
         prompt_tokens = _count(body)
         if prompt_tokens > spec.context_tokens:
@@ -184,6 +229,10 @@ def _choice(spec: EngineSpec, work: Work, body: Body, index: int) -> tuple[list[
     room = spec.context_tokens - _count(body)
     most = room if limit is None else min(limit, room)
     schema = _schema(body)
+    tool = _tool(body)
+    if tool is not None:
+        pieces = _json(minimal_instance(tool[1]), None)
+        return pieces[:most], "length" if len(pieces) > most else "tool_calls"
     if schema is None:
         count = min(spec.default_tokens, room) if limit is None else most
         pieces = _words(work, index, count, body.top)
@@ -270,11 +319,29 @@ def _schema(body: Body) -> Any:
     return minimal_instance(schema if isinstance(schema, dict) else {"type": "object"})
 
 
+def _tool(body: Body) -> tuple[str, dict[str, Any]] | None:
+    """The tool that is called, and the schema of its arguments: the first one, or that which the request names.
+
+    None unless the request insists on a call: the null engine has nothing to decide by.
+    """
+    if not isinstance(body, ChatBody) or not body.may_call_tools or body.tool_choice in (None, "auto"):
+        return None
+    functions = [each["function"] for each in body.tools or [] if isinstance(each.get("function"), dict)]
+    if isinstance(body.tool_choice, dict):
+        wanted = (body.tool_choice.get("function") or {}).get("name")
+        functions = [each for each in functions if each.get("name") == wanted]
+    if not functions:
+        raise CallerError("there is no such tool", code="invalid_value", param="tool_choice")
+    schema = functions[0].get("parameters")
+    return str(functions[0].get("name")), schema if isinstance(schema, dict) else {"type": "object"}
+
+
 def _carried(checkpoint: Checkpoint, pieces: list[Piece]) -> int:
     """How many tokens of the answer the checkpoint holds, by its text, as that is what the customer has seen."""
     length, count = 0, 0
+    told = checkpoint.text or Calls(checkpoint.calls).arguments
     for piece in pieces:
-        if length + len(piece.text) > len(checkpoint.text):
+        if length + len(piece.text) > len(told):
             break
         length += len(piece.text)
         count += 1

@@ -8,9 +8,9 @@ closed, so an agent kills this engine instead of freezing it. Token ids are not 
 counts as one token until the server's usage arrives. A chat answer is continued from its text, as a last assistant
 message with ``continue_final_message`` (vLLM, llama.cpp); a server that ignores this may begin a new sentence instead.
 A text completion is continued by adding the text to the prompt. Prompts of token ids and requests for several choices
-start again. Embeddings are asked for as plain numbers, which every server knows. ``echo`` of a prompt that is text is
-done here, since the server would echo what was carried as well. The prompt tokens of a continued answer are the
-reported ones less the carried ones.
+start again, and a tool call that has begun is left to other engines. Embeddings are asked for as plain numbers, which
+every server knows. ``echo`` of a prompt that is text is done here, since the server would echo what was carried as
+well. The prompt tokens of a continued answer are the reported ones less the carried ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import msgspec
 from motorpool.agent.runtime import answer, embedding
 from motorpool.agent.runtime.answer import Choice, Entry
 from motorpool.agent.runtime.backend import Emit
+from motorpool.agent.runtime.calls import Calls
 from motorpool.agent.runtime.engine import Cancelled, EngineEvent, Progressed, Ready, Work
 from motorpool.agent.runtime.flow import Flow, Piece
 from motorpool.agent.runtime.request import Body, ChatBody, CompletionBody, parse, stops_of
@@ -141,10 +142,10 @@ class RemoteBackend:
 class _Part:
     """One choice while it comes in."""
 
-    def __init__(self, stops: tuple[str, ...], carried: Checkpoint | None) -> None:
+    def __init__(self, stops: tuple[str, ...], carried: Checkpoint | None, name: str) -> None:
         self.flow = Flow(stops, carried.text if carried else "")
         self.entries = answer.unpack_entries(carried.logprobs) if carried else []
-        self.tools: dict[int, dict[str, Any]] = {}
+        self.calls = Calls(carried.calls if carried else b"", name)
         self.tokens = 0
         self.reason: str | None = None
 
@@ -183,13 +184,16 @@ class _Call:
 
     def _resumable(self, body: Body) -> Checkpoint | None:
         count = (body.n or 1) * (1 if isinstance(body, ChatBody) else len(body.prompts))
-        if count > 1 and any(answer.carried_choices(self._work, count)):
+        if count > 1 and self._work.stream and any(answer.carried_choices(self._work, count)):
             raise CapacityError("this engine cannot continue several choices")
         if (body.n or 1) > 1:
             return None
         if isinstance(body, CompletionBody) and (len(body.prompts) > 1 or not isinstance(body.prompts[0], str)):
             return None
-        return answer.carried(self._work)
+        found = answer.carried(self._work)
+        if found is not None and found.calls:
+            raise CapacityError("this engine cannot continue a tool call")
+        return found
 
     def _request(self) -> dict[str, Any]:
         request: dict[str, Any] = msgspec.json.decode(self._work.body)
@@ -252,7 +256,7 @@ class _Call:
 
     def _part(self, index: int) -> _Part:
         if index not in self._parts:
-            self._parts[index] = _Part(stops_of(self._body), self._carried)
+            self._parts[index] = _Part(stops_of(self._body), self._carried, f"{self._work.response_id}/{index}")
         return self._parts[index]
 
     def _take(self, chunk: dict[str, Any]) -> None:
@@ -267,8 +271,8 @@ class _Call:
             if text:
                 ids = [-1] * max(1, len(entries))
                 self._give_out(choice["index"], part.flow.feed(Piece(text=text, ids=ids, entries=entries)), None)
-            for call in delta.get("tool_calls") or []:
-                answer.merge_tool_call(part.tools, call)
+            if delta.get("tool_calls"):
+                self._give_calls(choice["index"], part.calls.feed(delta["tool_calls"]))
             part.reason = choice.get("finish_reason") or part.reason
 
     def _give_out(self, index: int, pieces: list[Piece], finish_reason: str | None) -> None:
@@ -286,7 +290,14 @@ class _Call:
             logprobs=answer.pack_entries(entries),
             finish_reason=finish_reason,
         )
-        self._emit([Progressed(key=self._work.key, deltas=[delta])])
+        if self._work.stream or self._single:  # else it began anew, and what was carried is worth more than this
+            self._emit([Progressed(key=self._work.key, deltas=[delta])])
+
+    def _give_calls(self, index: int, calls: bytes) -> None:
+        if calls:
+            self._parts[index].tokens += 1
+            delta = Delta(index=index, text="", token_ids=[-1], calls=calls)
+            self._emit([Progressed(key=self._work.key, deltas=[delta])])
 
     def _choice(self, index: int) -> Choice:
         part = self._parts[index]
@@ -299,7 +310,7 @@ class _Call:
             text=part.flow.text,
             finish_reason=reason,
             entries=part.entries if self._body.top is not None else None,
-            tool_calls=[part.tools[at] for at in sorted(part.tools)] or None,
+            tool_calls=part.calls.whole(),
             echo=self._echo(index),
         )
 

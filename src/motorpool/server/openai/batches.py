@@ -51,7 +51,7 @@ class OutputExpiry(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Annotated[int, Meta(ge=MIN_EXPIRY_S, le=MAX_EXPIRY_S)]
 
 
-Region = Annotated[str, Meta(min_length=1, max_length=MAX_REGION_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Region = Annotated[str, Meta(min_length=1, max_length=MAX_REGION_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 
 
 class BatchWishes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,7 +69,7 @@ class NewBatch(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/batches."""
 
     input_file_id: str
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
     completion_window: str
     metadata: Metadata | None = None
     output_expires_after: OutputExpiry | None = None
@@ -178,7 +178,7 @@ class BatchList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def batch_object(row: BatchRow, vehicles: int, terms: BatchTerms = books.NO_TERMS) -> BatchObject:
-    """The customer's view of a row; ``vehicles`` could run its model now."""
+    """The customer's view of a row; ``vehicles`` could run it now, where and how it asks for."""
     known = terms.quote_known
     return BatchObject(
         id=row.batch_id,
@@ -328,8 +328,9 @@ class BatchRoutes:
         await exchange.answer_object(self._object(self._row(exchange, batch_id)))
 
     def _object(self, row: BatchRow) -> BatchObject:
-        vehicles = 0 if row.model is None else self._cell.serving(row.model)
-        return batch_object(row, vehicles, books.terms_of(self._cell.reader, row.batch_no))
+        terms = books.terms_of(self._cell.reader, row.batch_no)
+        vehicles = 0 if row.model is None else self._cell.serving(row.model, terms.regions, terms.min_trust)
+        return batch_object(row, vehicles, terms)
 
     def _row(self, exchange: Exchange, batch_id: str) -> BatchRow:
         return customer.customers_batch(self._cell.reader, exchange.account, batch_id)

@@ -38,6 +38,7 @@ class TopEntry(msgspec.Struct, frozen=True):
 
 
 _entries: Final = msgspec.json.Decoder(list[Entry])
+_fragments: Final = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class PlainAnswer(msgspec.Struct, frozen=True):
@@ -86,9 +87,12 @@ class Chunks:
         for delta in deltas:
             if delta.index not in self._begun:
                 self._begun.add(delta.index)
-                self._begin(events, delta.index)
+                self._begin(events, delta.index, calls=bool(delta.calls) and not delta.text)
             if delta.text or delta.logprobs:
                 self._text(events, delta)
+            if delta.calls:
+                for fragment in _fragments.decode(delta.calls):
+                    self._event(events, delta.index, b'"delta":{"tool_calls":[%b]}' % bytes(fragment), b"null")
             if delta.finish_reason is not None:
                 self._finish(events, delta.index, delta.finish_reason)
         return b"".join(events)
@@ -135,9 +139,10 @@ class Chunks:
             % (self._head, index, content, logprobs, finish, self._end)
         )
 
-    def _begin(self, events: list[bytes], index: int) -> None:
+    def _begin(self, events: list[bytes], index: int, *, calls: bool = False) -> None:
         if self._chat:
-            self._event(events, index, b'"delta":{"role":"assistant","content":"","refusal":null}', b"null")
+            content = b"null" if calls else b'""'
+            self._event(events, index, b'"delta":{"role":"assistant","content":%b,"refusal":null}' % content, b"null")
         elif self._echo is not None and self._echo[index]:
             self._offsets[index] = len(self._echo[index])
             self._event(events, index, b'"text":' + _json(self._echo[index]), b"null")

@@ -28,7 +28,7 @@ CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "verbosity": ("low", "medium", "high"),
     "method": ("POST",),
     "anchor": ("created_at",),
-    "endpoint": ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+    "endpoint": ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
     "encoding_format": ("float", "base64"),
     "priority": ("standard", "flex"),
 }

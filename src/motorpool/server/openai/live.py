@@ -55,15 +55,13 @@ class LiveRoutes:
         body = await exchange.json(self._settings.max_body_bytes)
         request = read_request(kind, body)
         self._cell.catalogue.get(request.model)
-        # Tool calls cannot be told from text before the answer is complete: such a stream comes in one piece.
-        whole = isinstance(request, ChatRequest) and request.may_call_tools
         live = LiveRequest(
             request_id=exchange.request_id,
             response_id=("chatcmpl-" if kind is Kind.CHAT else "cmpl-") + exchange.request_id.removeprefix("req_"),
             account=exchange.account,
             kind=kind,
             model=request.model,
-            stream=bool(request.stream) and not whole,
+            stream=bool(request.stream),
             choices=request.choices,
             body=body,
             created_s=self._cell.now_ms() // 1000,

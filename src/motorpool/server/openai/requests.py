@@ -154,11 +154,6 @@ class ChatRequest(Shared, frozen=True, kw_only=True):
         """How long each choice may become, None if not said."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    @property
-    def may_call_tools(self) -> bool:
-        """Whether the answer may hold tool calls, which cannot be told from text before the end."""
-        return bool(self.tools) and self.tool_choice != "none"
-
 
 class CompletionRequest(Shared, frozen=True, kw_only=True):
     """The body of POST /v1/completions."""

@@ -23,15 +23,26 @@ from motorpool.catalogue import Catalogue
 from motorpool.errors import CallerError, MotorpoolError, NotFoundError
 from motorpool.server.cell import Cell, ValidBatch
 from motorpool.server.openai.embeddings import EmbeddingRequest, check_line_size, check_model
-from motorpool.server.openai.lines import LINE_OVERHEAD_BYTES, Asked, check_line, inside, too_large
+from motorpool.server.openai.lines import (
+    LINE_OVERHEAD_BYTES,
+    RESPONSES,
+    Asked,
+    Endpoint,
+    check_line,
+    endpoint_of,
+    inside,
+    kind_of,
+    too_large,
+)
+from motorpool.server.openai.responses.request import CreateRequest
 from motorpool.server.openai.settings import ApiSettings
 from motorpool.store import customer
 from motorpool.store.blobs import BlobStore
 from motorpool.store.customer import BatchRow
-from motorpool.types import Kind
 
 READ_BYTES: Final = 128 * 1024
 LINES_A_TURN: Final = 500
+RESPONSES_A_TURN: Final = 100  # each takes six times as long
 MAX_BLANK_LINES: Final = 1000
 _BOM: Final = b"\xef\xbb\xbf"
 _log = logging.getLogger(__name__)
@@ -52,10 +63,10 @@ class Inspection:
     """The check of one file, line by line; pure, except that it remembers.
 
     ``done`` is true once nothing that follows can matter: too many errors, or too many lines. ``longest`` is how many
-    bytes a line may have to be looked at.
+    bytes a line may have to be looked at, ``lines_a_turn`` how many lines are looked at before others have their turn.
     """
 
-    def __init__(self, kind: Kind, catalogue: Catalogue, settings: ApiSettings) -> None:
+    def __init__(self, endpoint: Endpoint, catalogue: Catalogue, settings: ApiSettings) -> None:
         self.errors: list[LineError] = []
         self.done = False
         self.model: str | None = None
@@ -63,7 +74,7 @@ class Inspection:
         self.lengths = array("I")
         self.limits = array("I")
         self._context_tokens = 0
-        self._kind = kind
+        self._endpoint = endpoint
         self._catalogue = catalogue
         self._settings = settings
         self._seen: dict[bytes, int] = {}
@@ -71,6 +82,7 @@ class Inspection:
         self._offset = 0
         self._first_blank = 0
         self.longest = settings.max_body_bytes + LINE_OVERHEAD_BYTES
+        self.lines_a_turn = RESPONSES_A_TURN if endpoint == RESPONSES else LINES_A_TURN
 
     def line(self, data: bytes) -> None:
         """Check the next line, given without its line feed."""
@@ -89,7 +101,7 @@ class Inspection:
         try:
             if len(data) > self.longest:
                 raise too_large(self._settings.max_body_bytes)
-            custom_id, request = check_line(self._kind, data, self._settings.max_body_bytes)
+            custom_id, request = check_line(self._endpoint, data, self._settings.max_body_bytes)
             self._check_model(request.model)
             if isinstance(request, EmbeddingRequest):
                 self._check_embedding(request)
@@ -104,6 +116,8 @@ class Inspection:
         """How many tokens the answer may have over all choices: no vehicle is paid for more."""
         if isinstance(request, EmbeddingRequest):
             return 0
+        if isinstance(request, CreateRequest):
+            return min(request.max_output_tokens or self._context_tokens, self._context_tokens)
         return min(request.limit_tokens or self._context_tokens, self._context_tokens) * request.choices
 
     def oversized(self, length: int) -> None:
@@ -189,8 +203,8 @@ async def inspect(blobs: BlobStore, blob: str, inspection: Inspection) -> None:
             if skipped and lines:
                 inspection.oversized(skipped + len(lines.pop(0)))
                 skipped = 0
-            for start in range(0, len(lines), LINES_A_TURN):
-                for line in lines[start : start + LINES_A_TURN]:
+            for start in range(0, len(lines), inspection.lines_a_turn):
+                for line in lines[start : start + inspection.lines_a_turn]:
                     inspection.line(line)
                     if inspection.done:
                         return
@@ -288,8 +302,7 @@ class Validation:
         file = customer.find_file(self._cell.reader, batch.input_file_id)
         if file is None or file.deleted_ms is not None:
             return [LineError(code="file_not_found", message="the input file is gone", param=None, line=None)]
-        kind = Kind(batch.endpoint.removeprefix("/v1/"))
-        inspection = Inspection(kind, self._cell.catalogue, self._settings)
+        inspection = Inspection(endpoint_of(batch.endpoint), self._cell.catalogue, self._settings)
         await inspect(self._cell.blobs, file.blob, inspection)
         if inspection.errors or inspection.model is None:
             return inspection.errors
@@ -297,7 +310,7 @@ class Validation:
         await self._cell.start_batch(
             ValidBatch(
                 batch_no=batch.batch_no,
-                kind=kind,
+                kind=kind_of(batch.endpoint),
                 model=inspection.model,
                 offsets=np.array(inspection.offsets, dtype=np.uint64),
                 lengths=np.array(inspection.lengths, dtype=np.uint32),

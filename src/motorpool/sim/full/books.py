@@ -195,6 +195,7 @@ def restore(db: sqlite3.Connection, scheduler: Scheduler, enrolled: set[str], jo
 
     Jobs that only wait for their files are not put back; the caller finishes them.
     """
+    scheduler.rests.restore(books.rests(db))
     for row in books.list_vehicles(db):
         enrolled.add(row["vehicle_id"])
         withdrawn = row["withdrawn_ms"] is not None
@@ -225,6 +226,10 @@ def restore(db: sqlite3.Connection, scheduler: Scheduler, enrolled: set[str], jo
         else:
             commands.append(ev.DropLease(lease_id=lease.lease_id))
     return commands
+
+
+_ACTS: Final = frozenset((ev.SendGrant, ev.SendRevoke, ev.SendOwnerNews, ev.AssembleFiles))
+_NOT_COUNTED: Final = _ACTS | {ev.SaveLease, ev.DropLease}
 
 
 class LightBooks:
@@ -260,6 +265,8 @@ class LightBooks:
 
     def write(self, command: ev.Command, entry: Entry, now_ms: int) -> bool:  # noqa: ARG002  # as the real ones
         """Count."""
+        if type(command) in _NOT_COUNTED:
+            return type(command) not in _ACTS
         match command:
             case ev.SaveJobCounts():
                 counts = self.lines[command.job_no]
@@ -276,12 +283,8 @@ class LightBooks:
                     self._checkpoints[command.job_no, line] = entry.bodies[place]
             case ev.SaveJobStatus():
                 self.status[command.job_no] = command.status
-            case ev.SendGrant() | ev.SendRevoke() | ev.SendOwnerNews() | ev.AssembleFiles():
-                return False
             case ev.SaveResults():
                 for line in command.with_checkpoint:
-                    event = entry.event
-                    assert isinstance(event, ev.ResultsArrived)
                     self._checkpoints.pop((command.job_no, line), None)
         return True
 

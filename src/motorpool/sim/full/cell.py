@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
+import numpy as np
 
 from motorpool import wire
 from motorpool.core import events as ev
+from motorpool.core.granting import PLAN_EVERY_MS
 from motorpool.core.pricing import owner_pay
 from motorpool.core.scheduler import SETTLE_MS, TICK_MS, Scheduler
 from motorpool.errors import MotorpoolError, StoreError, TooLargeError
@@ -57,10 +59,16 @@ class Watcher(Protocol):
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """How often the cell looks at its inbox and at the time."""
+    """How often the cell looks at its inbox and at the time, and how old its plan may be.
+
+    ``hears_links``: at each tick whoever has a link counts as heard. So vehicles need not say every few seconds that
+    nothing has changed, and those that are gone fall silent all the same.
+    """
 
     turn_ms: int = 5
     tick_ms: int = TICK_MS
+    plan_ms: int = PLAN_EVERY_MS
+    hears_links: bool = False
 
 
 class Cell:
@@ -99,6 +107,7 @@ class Cell:
         self.enrolled: set[str] = set()
         self.scheduler = new_scheduler(0)
         self.news: OwnerNews | None = None
+        self._linked = np.zeros(0, np.bool_)  # by the rows of the vehicles
 
     def now_ms(self) -> int:
         """The cell's clock, which never goes back while it runs."""
@@ -154,6 +163,7 @@ class Cell:
         self._watcher.begun()
         if isinstance(books, LightBooks):
             self.scheduler = self._new_scheduler(1)
+            self.scheduler.plan_every_ms = self._pace.plan_ms
             return
         from motorpool.store.books import leftover_batches, next_epoch, open_batches  # noqa: PLC0415
 
@@ -188,6 +198,9 @@ class Cell:
 
     def _tick(self, life: int) -> None:
         if life == self._life:
+            if self._pace.hears_links:
+                rows = np.flatnonzero(self._linked)
+                self.scheduler.cell.t.vehicles["seen_ms"][rows] = self.now_ms()
             self.post(ev.Ticked(cause_id="tick"))
             if self.news is not None:
                 self.news.on_tick()
@@ -264,6 +277,13 @@ class Cell:
             self.owner_says(vehicle_id, what, until_ms)
 
     # -- what vehicles say ---------------------------------------------------------------------------------------------
+
+    def on_linked(self, vehicle_id: str, up: bool) -> None:
+        """A vehicle has a link from now on, or none any more."""
+        row = self.scheduler.cell.vehicle(vehicle_id)
+        if row >= len(self._linked):
+            self._linked = np.append(self._linked, np.zeros(row + 1, np.bool_))
+        self._linked[row] = up
 
     def on_state(self, vehicle_id: str, data: bytes) -> None:
         """A report, or checkpoints."""
@@ -456,4 +476,7 @@ class Cell:
             self._clock.after(RETRY_MS, self._write_files, life, job_no)
             return
         self._trace.add(self._clock.now_ms, f"job {job_no} {status}")
-        self._watcher.ended(self.job(job_no), status)
+        job = self.job(job_no)
+        self._watcher.ended(job, status)
+        if isinstance(self._books, LightBooks):  # nothing asks for it again, and a long world has many
+            del self.jobs[job.job_id], self._by_no[job_no]

@@ -10,6 +10,7 @@ Between two looks everything is reckoned exactly, so a report may be as rare as 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from heapq import heapify, heapreplace
 from typing import Final, Protocol
 
 import msgspec
@@ -74,6 +75,7 @@ class SimEngine:
         self._at_ms = 0
         self._life = 0  # of the process: what an earlier one had planned is void
         self._reporting = False
+        self._report_no = 0  # of the planned report: an earlier one is void
         self._ready_at_ms: int | None = None
         self._ready_at_freeze_ms = 0
         self.on = self.loaded = self.frozen = self.hung = False
@@ -103,6 +105,8 @@ class SimEngine:
             carried, text = self._continued(attempt)
             tokens = max(0, line.tokens - carried)
             self._runs.append(_Run(attempt.key, line, carried, text, self.time_ms(line.prompt, tokens)))
+        if self.spec.terse and not self._cancelled:
+            self._reporting = False  # something waits again, so that there is time
         self._plan_report()
 
     def time_ms(self, prompt: int, tokens: int) -> int:
@@ -202,17 +206,30 @@ class SimEngine:
     def _plan_report(self) -> None:
         if not self._reporting and self.on and not self.frozen and not self.hung:
             self._reporting = True
-            self._clock.after(self._report_after_ms(), self._report, self._life)
+            self._report_no += 1
+            self._clock.after(self._report_after_ms(), self._report, self._life, self._report_no)
 
     def _report_after_ms(self) -> int:
-        """In batches; but at once when a slot that nothing waits for gets free, where batches are long."""
+        """In batches; where these are long, as soon as a slot is free for which nothing waits."""
         runs, spec = self._runs, self.spec
-        if not spec.terse or not runs or len(runs) > spec.slots:
+        if not spec.terse or not runs:
             return spec.report_ms
-        return max(1, min(spec.report_ms, *(run.left_ms for run in runs)))
+        ends = [run.left_ms for run in runs[: spec.slots]]
+        heapify(ends)
+        for run in runs[spec.slots :]:
+            if ends[0] >= spec.report_ms:
+                return spec.report_ms
+            heapreplace(ends, ends[0] + run.left_ms)
+        return max(1, min(spec.report_ms, ends[0]))
 
-    def _report(self, life: int) -> None:
-        if life != self._life:
+    def tell(self) -> None:
+        """Tell of what has finished, however long the batches are: a real engine has told it long ago."""
+        self._advance()
+        if self._reporting and any(run.left_ms <= 0 for run in self._runs):
+            self._report(self._life, self._report_no)
+
+    def _report(self, life: int, number: int) -> None:
+        if life != self._life or number != self._report_no or not self._reporting:
             return
         self._reporting = False
         if self.frozen or self.hung:

@@ -33,6 +33,11 @@ class Weather(msgspec.Struct, frozen=True, kw_only=True):
     reorders: float = 0.0
     quick_ms: tuple[int, int] = (2, 30)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether every message takes the same time: then nothing has to be drawn."""
+        return not (self.drops or self.doubles or self.delays or self.reorders) and len(set(self.quick_ms)) == 1
+
 
 class StreamMessage(WorkMessage):
     """A message of finished work as the cell gets it."""
@@ -46,28 +51,43 @@ class StreamMessage(WorkMessage):
 
 
 class Ends:
-    """Who hears what arrives; set by the world."""
+    """Who hears what arrives; set by the world. ``link`` is the vehicle's client, ``linked`` what the server knows."""
 
     def __init__(self) -> None:
         self.to_vehicle: Callable[[str, bytes], None] = lambda _vehicle, _data: None
         self.to_cell: Callable[[str, bytes], None] = lambda _vehicle, _data: None
         self.work_to_cell: Callable[[StreamMessage], None] = lambda _message: None
-        self.confirmed: Callable[[str, str], None] = lambda _vehicle, _message: None
+        self.confirmed: Callable[[str, list[str]], None] = lambda _vehicle, _messages: None
         self.link: Callable[[str, bool], None] = lambda _vehicle, _up: None
+        self.linked: Callable[[str, bool], None] = lambda _vehicle, _up: None
 
 
 class Network:
-    """All links of one world. ``weather`` can change at any time."""
+    """All links of one world. ``weather`` can change at any time.
 
-    def __init__(self, clock: Clock, seed: int, weather: Weather) -> None:
+    ``reliable``: in this world nothing gets lost and no cell dies, so that the stream needs to repeat nothing.
+    """
+
+    def __init__(self, clock: Clock, seed: int, weather: Weather, *, reliable: bool = False) -> None:
         self._clock = clock
         self.weather = weather
         self.ends = Ends()
-        self.stream = Stream(clock, self)
+        self.stream = Stream(clock, self, reliable=reliable)
+        self._told: dict[str, list[str]] = {}  # confirmations that arrive together, by vehicle
         self._cut: dict[str, int] = {}  # vehicles that are cut off, by how many faults at once
         self._links: dict[str, bool] = {}
         self._draws = {name: Draws(seed, "network", name) for name in ("delay", "drops", "doubles", "delays", "order")}
         self._last_ms: dict[tuple[str, str], int] = {}
+
+    @property
+    def weather(self) -> Weather:
+        """What becomes of messages now."""
+        return self._weather
+
+    @weather.setter
+    def weather(self, weather: Weather) -> None:
+        self._weather = weather
+        self._is_even = weather.is_even
 
     # -- links ---------------------------------------------------------------------------------------------------------
 
@@ -82,7 +102,8 @@ class Network:
 
     def leave(self, vehicle_id: str) -> None:
         """A client is gone, without a word."""
-        self._links.pop(vehicle_id, None)
+        if self._links.pop(vehicle_id, False):
+            self.ends.linked(vehicle_id, False)
 
     def cut(self, vehicle_id: str) -> None:
         """Nothing gets through any more; the client notices after a while."""
@@ -99,11 +120,13 @@ class Network:
 
     def _notice(self, vehicle_id: str) -> None:
         if vehicle_id in self._cut and self._links.pop(vehicle_id, False):
+            self.ends.linked(vehicle_id, False)
             self.ends.link(vehicle_id, False)
 
     def _back(self, vehicle_id: str) -> None:
         if vehicle_id not in self._cut and not self._links.get(vehicle_id, False):
             self._links[vehicle_id] = True
+            self.ends.linked(vehicle_id, True)
             self.ends.link(vehicle_id, True)
 
     # -- messages that may get lost ------------------------------------------------------------------------------------
@@ -124,7 +147,9 @@ class Network:
 
     def _fates(self, vehicle_id: str, way: str) -> list[int]:
         """After how many milliseconds a message arrives, as often as it does. Messages keep their order unless..."""
-        weather, draws = self.weather, self._draws
+        weather, draws = self._weather, self._draws
+        if self._is_even:
+            return [] if vehicle_id in self._cut else [weather.quick_ms[0]]
         if vehicle_id in self._cut or draws["drops"].chance(weather.drops):
             return []
         low, high = weather.quick_ms
@@ -149,13 +174,21 @@ class Network:
             self._clock.after(after_ms, self.stream.store, vehicle_id, message_id, data)
 
     def confirm(self, vehicle_id: str, message_id: str) -> None:
-        """The stream has it."""
+        """The stream has it. Where every message takes the same time, those of one moment arrive together."""
+        if self._is_even and vehicle_id in self._told:
+            self._told[vehicle_id].append(message_id)
+            return
         for after_ms in self._fates(vehicle_id, "confirm"):
-            self._clock.after(after_ms, self._confirmed, vehicle_id, message_id)
+            message_ids = [message_id]
+            if self._is_even:
+                self._told[vehicle_id] = message_ids
+            self._clock.after(after_ms, self._confirmed, vehicle_id, message_ids)
 
-    def _confirmed(self, vehicle_id: str, message_id: str) -> None:
+    def _confirmed(self, vehicle_id: str, message_ids: list[str]) -> None:
+        if self._told.get(vehicle_id) is message_ids:
+            del self._told[vehicle_id]
         if vehicle_id not in self._cut:
-            self.ends.confirmed(vehicle_id, message_id)
+            self.ends.confirmed(vehicle_id, message_ids)
 
     def loses_an_acknowledgement(self) -> bool:
         """Whether the cell's acknowledgement gets lost."""
@@ -165,9 +198,10 @@ class Network:
 class Stream:
     """Finished work until it is acknowledged; ``reading`` while a cell takes it."""
 
-    def __init__(self, clock: Clock, network: Network) -> None:
+    def __init__(self, clock: Clock, network: Network, *, reliable: bool) -> None:
         self._clock = clock
         self._network = network
+        self._reliable = reliable
         self._number = 0
         self._kept: dict[int, StreamMessage] = {}
         self._waiting: deque[int] = deque()
@@ -216,6 +250,9 @@ class Stream:
 
     def _send(self, number: int) -> None:
         times = self._sent[number] = self._sent.get(number, 0) + 1
+        if self._reliable:
+            self._arrive(number, self._reader)
+            return
         self._clock.after(1, self._arrive, number, self._reader)
         self._clock.after(REDELIVER_AFTER_S * 1000, self._again, number, self._reader, times)
 

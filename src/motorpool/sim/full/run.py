@@ -101,7 +101,7 @@ class World:
         ends = self.network.ends
         ends.to_cell, ends.work_to_cell = self.cell.on_state, self.cell.on_work
         ends.to_vehicle = lambda name, data: self.vehicles[name].on_down(data)
-        ends.confirmed = lambda name, message_id: self.vehicles[name].on_confirmed(message_id)
+        ends.confirmed = lambda name, message_ids: self.vehicles[name].on_confirmed(message_ids)
         ends.link = lambda name, up: self.vehicles[name].on_link(up)
         self.gremlin = Gremlin(
             plan=self.plan,

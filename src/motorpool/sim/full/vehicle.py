@@ -267,6 +267,8 @@ class Vehicle:
     def act(self, action: Action) -> bool:
         """The owner does something at the car; False where it was not possible."""
         now_ms = self.own_ms()
+        if self.pace.reliable:
+            self.car.advance(now_ms, self.pace.step_ms / 1000)  # or it would go there in steps of seconds
         try:
             self.car.do(action, now_ms)
         except ConflictError:
@@ -299,6 +301,8 @@ class Vehicle:
         if self.twin is not None:
             self.twin.advance(now_ms, self.pace.step_ms / 1000)
         self.engine.worked_ms()  # up to here under the permit before
+        if self.engine.spec.terse:
+            self.engine.tell()
         verdict = self.judge.look(now_ms, machine.state, lambda: 0)
         permit = verdict.permit
         self.permit_until_ms = 0 if permit is None else self._clock.now_ms + permit.until_ms - now_ms
@@ -338,6 +342,8 @@ class Vehicle:
             if not self.judge.may_send:
                 return
             self._watcher.arrived(self, message)
+        elif self.engine.spec.terse:
+            self.engine.tell()
         self._handle(Arrived(message=message))
 
     def _on_owner(self, message: wire.Statement | wire.OwnerDocument | wire.OwnerAsked) -> None:
@@ -376,20 +382,24 @@ class Vehicle:
         if self._network.connected(self.vehicle_id):
             self._handle(LinkChanged(up=True))
 
-    def on_confirmed(self, message_id: str) -> None:
-        """The stream has a message."""
-        if self._later(self.on_confirmed, message_id):
+    def on_confirmed(self, message_ids: list[str]) -> None:
+        """The stream has these messages."""
+        if self._later(self.on_confirmed, message_ids):
             return
-        waiting = self._messages.pop(message_id, None)
-        if waiting is None:
-            return
-        if waiting.is_kept:
-            self.spool.remove(message_id)
-        if not waiting.is_old:
-            self._handle(WorkPublished(message_ids=[message_id]))
+        new: list[str] = []
+        for message_id in message_ids:
+            waiting = self._messages.pop(message_id, None)
+            if waiting is None:
+                continue
+            if waiting.is_kept:
+                self.spool.remove(message_id)
+            if not waiting.is_old:
+                new.append(message_id)
+            self._old.discard(message_id)
+        if new:
+            self._handle(WorkPublished(message_ids=new))
         if self._spool_full and all(each.is_kept for each in self._messages.values()):
             self._tell_full(False)
-        self._old.discard(message_id)
         if self._catching_up and not self._old:
             self._clock.after(int(SETTLE_S * 1000), self._caught_up, self._lives)
 
@@ -455,6 +465,8 @@ class Vehicle:
             return
         now_ms = self.own_ms()
         if now_ms >= at_ms:
+            if self.engine.spec.terse:
+                self.engine.tell()  # or a lease that ends now would take finished lines with it
             self._handle(Ticked())
         else:
             self._clock.after(at_ms - now_ms, self._on_wake, lives, at_ms)

@@ -4,8 +4,9 @@ Decides: what the fleet is made of and what customers hand in. Must not: decide 
 Called by: ``cli.sim_faults`` (``motorpool sim run --gear full``), the tests.
 
 Every message is made, sent and read as in production. What makes it quick is only how seldom things are told: the
-guard looks when something changes and at long intervals otherwise, engines tell of finished lines in batches, and cars
-that are on the road sleep.
+guard looks when something changes and at long intervals otherwise, a vehicle with a link need not say that it is still
+there, engines tell of finished lines in batches and in any case before something stops them, and cars that are on the
+road sleep. What has ended is forgotten: a long world holds no more than a short one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Final
 
 import msgspec
 
+from motorpool import wire
 from motorpool.agent.signals.car import Action, CarSpec
 from motorpool.core import events as ev
 from motorpool.core.guard import Policy
-from motorpool.core.scheduler import SILENT_AFTER_MS, Scheduler
+from motorpool.core.scheduler import Scheduler
 from motorpool.core.signals import NetworkClass
 from motorpool.core.vehicle_events import VehicleConfig, VerdictGiven
 from motorpool.server.entries import Entry
@@ -40,6 +42,8 @@ BEGIN_MS: Final = 1_760_918_400_000  # a Monday, 00:00
 LEAVE_MS: Final = 20_000  # from the door to the road
 ASLEEP_AFTER_MS: Final = 60_000
 COMPILED_FROM: Final = 2_000  # vehicles; below, compiling takes longer than it saves
+CLOSED_LEASES: Final = 64  # that a vehicle remembers; grants come once here
+CHECK_PER_VEHICLE: Final = 20  # a look at all invariants takes the longer the more vehicles there are
 JITTER_MS: Final = 600_000
 SAMPLE_MS: Final = 300_000  # between two looks at whether lines wait, and two calls of ``tell``
 Tell = Callable[[float], None]
@@ -50,8 +54,10 @@ class WeekSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``load`` is the work handed in over what the fleet could do in all the time that it is plugged in. A line takes
     about ``line_s`` seconds of one slot, a job ``job_lines`` lines. ``report_ms`` is how often a vehicle reports that
-    nothing has changed, ``look_ms`` how often its guard looks when nothing has, ``batch_ms`` how often an engine tells
-    what it has finished. ``check_every``: the states' own invariants are asked for at every so many events.
+    nothing urgent has changed (its link tells the cell that it is there), ``look_ms`` how often its guard looks when
+    nothing has, ``batch_ms`` how often an engine tells what it has finished while others wait for its slots,
+    ``plan_ms`` how old the order of the jobs may be. ``check_every``: the states' own invariants are asked for at every
+    so many events, or more of a large fleet.
     """
 
     vehicles: int
@@ -62,10 +68,11 @@ class WeekSpec(msgspec.Struct, frozen=True, kw_only=True):
     job_lines: int = 2_000
     slots: int = 4
     tokens_s: float = 30.0
-    report_ms: int = SILENT_AFTER_MS * 3 // 4
+    report_ms: int = 900_000
+    plan_ms: int = 60_000
     look_ms: int = HOUR_MS
-    batch_ms: int = 60_000
-    tick_ms: int = 5_000
+    batch_ms: int = 180_000
+    tick_ms: int = 15_000
     check_every: int = 5_000
 
 
@@ -112,6 +119,7 @@ class Tally(Checks):
         self.useful_ms = self.permitted_ms = 0
         self.vehicles: dict[str, Vehicle] = {}
         self._permitted: dict[str, int] = {}
+        self._held: dict[str, dict[str, set[int]]] = {}  # by vehicle and lease
 
     def decided(self, entry: Entry, commands: Sequence[ev.Command], now_ms: int) -> None:
         """Count what this event has brought."""
@@ -133,6 +141,24 @@ class Tally(Checks):
         elif isinstance(event, ev.WorkReturned):
             self.lost += sum(event.started)
 
+    def started(self, vehicle: Vehicle) -> None:
+        """A new incarnation holds nothing."""
+        self._held[vehicle.vehicle_id] = {}
+
+    def arrived(self, vehicle: Vehicle, grant: wire.Grant) -> None:
+        """The lines that a vehicle holds from now on: each ends once, and is forgotten then."""
+        self._held[vehicle.vehicle_id].setdefault(grant.lease_id, {item.line for item in grant.items})
+
+    def _given(self, vehicle: Vehicle, message: wire.Results | wire.Returned) -> None:
+        held = self._held[vehicle.vehicle_id]
+        left = held.get(message.lease_id, set())
+        before = len(left)
+        left.difference_update([item.line for item in message.items])
+        if before - len(left) != len(message.items):
+            raise self.broken("a vehicle speaks of lines that it does not hold", message.message_id)
+        if not left:
+            held.pop(message.lease_id, None)
+
     def judged(self, vehicle: Vehicle, verdict: VerdictGiven, now_ms: int) -> None:
         """Add up the time with a permit."""
         since_ms = self._permitted.pop(vehicle.vehicle_id, None)
@@ -153,8 +179,9 @@ class WeekWorld:
         self.end_ms = BEGIN_MS + int(spec.days * DAY_MS)
         self.clock = Clock(BEGIN_MS)
         self.trace = Trace()
-        self.tally = Tally(self.clock, self.trace, sample=spec.check_every)
-        self.network = Network(self.clock, spec.seed, Weather(quick_ms=(5, 5)))
+        sample = max(spec.check_every, CHECK_PER_VEHICLE * spec.vehicles)
+        self.tally = Tally(self.clock, self.trace, sample=sample)
+        self.network = Network(self.clock, spec.seed, Weather(quick_ms=(5, 5)), reliable=True)
         self.books = LightBooks()
         self.cell = control.Cell(
             clock=self.clock,
@@ -162,7 +189,7 @@ class WeekWorld:
             trace=self.trace,
             watcher=self.tally,
             books=self.books,
-            pace=control.Pace(turn_ms=20, tick_ms=spec.tick_ms),
+            pace=control.Pace(turn_ms=20, tick_ms=spec.tick_ms, plan_ms=spec.plan_ms, hears_links=True),
             new_scheduler=new_scheduler or (lambda epoch: Scheduler(epoch, fast=spec.vehicles >= COMPILED_FROM)),
         )
         self._people = people
@@ -175,12 +202,14 @@ class WeekWorld:
         self.tally.vehicles = self.vehicles
         self.tally.scheduler = lambda: self.cell.scheduler
         self.tally.job_of = self.cell.job
-        self.jobs: list[Job] = []
+        self._lines = 0
+        self._handed_ms = 0.0
         ends = self.network.ends
         ends.to_cell, ends.work_to_cell = self.cell.on_state, self.cell.on_work
         ends.to_vehicle = lambda name, data: self.vehicles[name].on_down(data)
-        ends.confirmed = lambda name, message_id: self.vehicles[name].on_confirmed(message_id)
+        ends.confirmed = lambda name, message_ids: self.vehicles[name].on_confirmed(message_ids)
         ends.link = lambda name, up: self.vehicles[name].on_link(up)
+        ends.linked = self.cell.on_linked
 
     def _add(self, name: str) -> None:
         spec, draws = self.spec, Draws(self.spec.seed, "fleet", name)
@@ -188,10 +217,12 @@ class WeekWorld:
             model="m",
             freeze_grace_ms=5_000,
             state_interval_ms=spec.report_ms,
+            state_min_ms=spec.report_ms,
             stay_interval_ms=spec.report_ms,
             progress_interval_ms=DAY_MS,
             flush_ms=0,
             window_ms=int(1_500 * spec.line_s) + 2 * spec.batch_ms,
+            max_closed=CLOSED_LEASES,
             stall_ms=DAY_MS,
         )
         policy = Policy(
@@ -285,17 +316,21 @@ class WeekWorld:
         count = max(1, round(wanted_lines / spec.job_lines))
         lines_each = max(1, round(wanted_lines / count))
         gap_ms = (self.end_ms - BEGIN_MS) * 9 // 10 // count
-        mean = spec.line_s * spec.tokens_s
         for number in range(1, count + 1):
-            draws = Draws(spec.seed, "job", number)
-            lines = [
-                Line(number, line, draws.between(100, 2_000), max(1, int(mean * (0.5 + draws.unit()))))
-                for line in range(lines_each)
-            ]
-            handed_ms = BEGIN_MS + (number - 1) * gap_ms
-            job = with_bodies(Job(number=number, model="m", lines=lines, handed_ms=handed_ms, window_ms=DAY_MS))
-            self.jobs.append(job)
-            self.clock.at(handed_ms, self.cell.hand_in, job)
+            self.clock.at(BEGIN_MS + (number - 1) * gap_ms, self._hand_in_one, number, lines_each)
+
+    def _hand_in_one(self, number: int, count: int) -> None:
+        """One job, which nobody keeps once it has ended."""
+        spec, draws = self.spec, Draws(self.spec.seed, "job", number)
+        mean = spec.line_s * spec.tokens_s
+        lines = [
+            Line(number, line, draws.between(100, 2_000), max(1, int(mean * (0.5 + draws.unit()))))
+            for line in range(count)
+        ]
+        self._lines += count
+        self._handed_ms += sum(line.tokens + line.prompt / 10 for line in lines) / spec.tokens_s * 1000
+        now_ms = self.clock.now_ms
+        self.cell.hand_in(with_bodies(Job(number=number, model="m", lines=lines, handed_ms=now_ms, window_ms=DAY_MS)))
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -326,9 +361,6 @@ class WeekWorld:
 
     def _result(self, seconds: float) -> Week:
         spec, tally = self.spec, self.tally
-        handed_ms = sum(
-            sum(line.tokens + line.prompt / 10 for line in job.lines) / spec.tokens_s * 1000 for job in self.jobs
-        )
         for vehicle in self.vehicles.values():
             vehicle.engine.worked_ms()
         worked_ms = sum(vehicle.engine.worked_slot_ms for vehicle in self.vehicles.values())
@@ -339,11 +371,11 @@ class WeekWorld:
             vehicles=spec.vehicles,
             days=spec.days,
             seed=spec.seed,
-            lines=sum(len(job.lines) for job in self.jobs),
+            lines=self._lines,
             done=tally.done,
             lost=tally.lost,
             doubled=tally.doubled,
-            handed_slot_h=handed_ms / HOUR_MS,
+            handed_slot_h=self._handed_ms / HOUR_MS,
             permitted_slot_h=permitted_ms / HOUR_MS,
             possible_slot_h=self._possible_ms / HOUR_MS,
             worked_slot_h=worked_ms / HOUR_MS,

@@ -52,7 +52,7 @@ def make_plan(request: CreateRequest, history: list[Item], account: str, now_ms:
         )
     return Plan(
         account=account,
-        facts=_facts(request, tools, response_id, now_ms // 1000),
+        facts=facts_of(request, tools, response_id, now_ms // 1000),
         items=items,
         body=body,
         whole=whole,
@@ -61,7 +61,8 @@ def make_plan(request: CreateRequest, history: list[Item], account: str, now_ms:
     )
 
 
-def _facts(request: CreateRequest, tools: Tools, response_id: str, created_s: int) -> Facts:
+def facts_of(request: CreateRequest, tools: Tools, response_id: str, created_s: int) -> Facts:
+    """What a response to this request says from its beginning on."""
     return Facts(
         response_id=response_id,
         created_s=created_s,

@@ -14,7 +14,8 @@ from typing import Final
 from msgspec import Raw
 
 from motorpool.errors import RateLimitError, TooLargeError
-from motorpool.server.openai.responses.narration import Began, Piece, Restarted, Text
+from motorpool.server.openai.responses.bills import Tab
+from motorpool.server.openai.responses.narration import Began, Made, Piece, Restarted, Text
 from motorpool.server.openai.responses.objects import Facts, ResponseObject
 from motorpool.server.openai.responses.translate import Failure
 
@@ -37,6 +38,7 @@ class Log:
         self.readers = 0
         self.began = False
         self.restarts = 0
+        self.tab = Tab()
         self._text: list[str] = []
         self._logprobs: list[Raw] = []
         self._bytes = 0
@@ -67,6 +69,8 @@ class Log:
         elif isinstance(piece, Restarted):
             self.restarts += 1
             self._text, self._logprobs = [], []
+        elif isinstance(piece, Made):
+            self.tab.take(piece)
         else:
             self._bytes += len(piece.text) + sum(len(entry) for entry in piece.logprobs)
             if self._bytes > MAX_TOLD_BYTES:
@@ -123,16 +127,16 @@ class Take:
     """One run of an answer, written into a log in which an earlier run may have written before.
 
     What the log has already is not told twice: as long as the new run says the same, nothing is added. When it says
-    something else, the item is given up and told anew.
+    something else, the item is given up and told anew. A run that ``goes_on`` says only what follows.
     """
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, *, goes_on: bool = False) -> None:
         self._log = log
         self._told = log.text
         self._told_entries = len(log.logprobs)
         self._place = 0
         self._entries: list[Raw] = []
-        self._level = not self._told
+        self._level = goes_on or not self._told
 
     def feed(self, text: str, entries: list[Raw]) -> None:
         """More of the answer."""

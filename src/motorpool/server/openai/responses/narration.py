@@ -49,7 +49,22 @@ class Restarted(msgspec.Struct, frozen=True, array_like=True, tag="restarted"):
     """The answer was made anew and came out differently: the item so far is incomplete, and another one begins."""
 
 
-Piece = Began | Text | Restarted
+class Made(msgspec.Struct, frozen=True, array_like=True, tag="made"):
+    """What a vehicle did for the texts since the piece of this kind before; listeners are told nothing of it.
+
+    ``run`` is the run that it belongs to, ``chars`` the length of its text. ``token_ids`` are as many as ``tokens``, or
+    the engine does not report them. ``finish_reason`` is set if this was the end.
+    """
+
+    run: int
+    vehicle_id: str
+    chars: int
+    tokens: int
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+
+
+Piece = Began | Text | Restarted | Made
 pieces_json: Final = msgspec.json.Decoder(list[Piece])
 
 
@@ -88,6 +103,8 @@ class Narration:
             events = self._close_text("incomplete") if self._open else []
             self._text, self._logprobs = [], []
             return events
+        if isinstance(piece, Made):
+            return []
         return [*self._open_message(), self._delta(piece)]
 
     def end(self, result: ResponseObject) -> list[Event]:

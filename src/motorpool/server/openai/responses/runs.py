@@ -2,7 +2,8 @@
 
 A background response waits for a vehicle for as long as it may take, is run again when a run breaks off, and goes on
 after a restart: its request and all that was told of it are in the books before anybody hears of it. What is told once
-stays told: a new run that says the same goes on after it. Must not: choose vehicles, talk to clients, or log a body.
+stays told: the next run goes on after it, or, where a vehicle could not, one that says the same does. It is paid once,
+in the transaction that keeps its end. Must not: choose vehicles, talk to clients, or log a body.
 
 Called by: ``routes``.
 """
@@ -10,6 +11,7 @@ Called by: ``routes``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import traceback
@@ -19,14 +21,17 @@ from typing import Final
 import msgspec
 from msgspec import Raw
 
-from motorpool.errors import CapacityError, MotorpoolError, VehicleError
-from motorpool.server.cell import Cell, LiveAnswer, LiveRequest, LiveTokens
+from motorpool.core import events as ev
+from motorpool.core.pricing import Price
+from motorpool.errors import CapacityError, ConflictError, MotorpoolError, VehicleError
+from motorpool.server.cell import Carried, Cell, LiveAnswer, LiveRequest, LiveTokens
+from motorpool.server.live_call import LastTokens, WholeAnswer
 from motorpool.server.openai.exchange import new_request_id
+from motorpool.server.openai.responses.bills import Maker
 from motorpool.server.openai.responses.log import Log, Take
 from motorpool.server.openai.responses.narration import Began
 from motorpool.server.openai.responses.objects import (
     Facts,
-    IncompleteDetails,
     Item,
     Message,
     OutputItem,
@@ -38,9 +43,9 @@ from motorpool.server.openai.responses.objects import (
 from motorpool.server.openai.responses.translate import (
     Answer,
     Failure,
+    answered,
     failed_answer,
     failure,
-    output_items,
     read_answer,
     shorten,
     streamed,
@@ -60,6 +65,10 @@ MAX_REWRITE_S: Final = 60.0
 _json: Final = msgspec.json.Encoder().encode
 _entries: Final = msgspec.json.Decoder(list[Raw])
 _log: Final = logging.getLogger(__name__)
+
+
+class EndedError(ConflictError):
+    """The end was kept, and paid, by a try before this one."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +127,8 @@ class Run:
         self._work: asyncio.Task[Answer | Failure] | None = None
         self._dirty = asyncio.Event()
         self._tries = 0
+        self._maker = Maker(0)
+        self._bill: ev.LiveEnded | None = None  # in the background
         self._ending: tuple[ResponseObject, Failure | None] | None = None
 
     def stop(self) -> None:
@@ -201,7 +212,10 @@ class Run:
 
     async def _run_once(self, body: bytes) -> Answer | Failure:
         plan = self.plan
-        take = Take(self.log)
+        carried = self._carried() if plan.facts.background else None
+        goes_on = carried is not None and carried.tokens > 0
+        take = Take(self.log, goes_on=goes_on)
+        self._maker = Maker(self.log.tab.run + (not goes_on))
         live = LiveRequest(
             request_id=self._next_id(),
             response_id=plan.facts.response_id,
@@ -212,6 +226,7 @@ class Run:
             choices=1,
             body=body,
             created_s=plan.facts.created_s,
+            carried=carried,
         )
         try:
             if plan.whole:
@@ -225,6 +240,16 @@ class Run:
         self._tell()
         return found
 
+    def _carried(self) -> Carried:
+        """From where the next run goes on."""
+        self._note()
+        return self.log.tab.carried(self.log.text, _json(self.log.logprobs) if self.log.logprobs else b"")
+
+    def _note(self) -> None:
+        """Write down who made what was told last."""
+        for made in self._maker.parts():
+            self.log.append(made)
+
     def _next_id(self) -> str:
         """The first run is the request that the customer knows; others are requests of their own."""
         self._tries += 1
@@ -234,7 +259,7 @@ class Run:
         found: Answer | Failure = failure(
             VehicleError("the stream broke off before its end", code="stream_interrupted")
         )
-        reason = "stop"
+        reason = "stop" if live.carried is None else live.carried.finish_reason or "stop"
         items = self._cell.live(live)
         try:
             # To the very end, not just to the last token: what follows it is the cell's book-keeping.
@@ -245,6 +270,7 @@ class Run:
                 reason = self._take_tokens(item, take) or reason
                 self._tell()
                 if item.usage is not None:
+                    self._bill = item.bill if isinstance(item, LastTokens) else None
                     found = streamed(reason, item.usage, item)
         finally:
             close = getattr(items, "aclose", None)
@@ -257,6 +283,8 @@ class Run:
         for delta in item.deltas:
             reason = delta.finish_reason or reason
             take.feed(delta.text, self._read_entries(delta.logprobs))
+            if self.plan.facts.background:
+                self._maker.add(item.vehicle_id, delta)
         return reason
 
     def _read_entries(self, data: bytes) -> list[Raw]:
@@ -269,8 +297,12 @@ class Run:
             return []
 
     def _take_whole(self, answer: LiveAnswer, take: Take) -> Answer | Failure:
+        bill = answer.bill if isinstance(answer, WholeAnswer) else None
         if answer.status >= 400:
+            if bill is not None:
+                self.log.tab.energy_uwh = bill.energy_uwh
             return failed_answer(answer.status, answer.body)
+        self._bill = bill
         found = read_answer(answer)
         take.feed(found.text, found.logprobs)
         return found
@@ -304,6 +336,7 @@ class Run:
         if failed is not None:
             _log.warning("%s: failed with %s", result.id, failed.error.code)
         if self.plan.facts.background:
+            self._bill = self._due(found)
             self._ending = (result, failed)
             self._dirty.set()
             return
@@ -311,6 +344,22 @@ class Run:
         if shown and self.plan.facts.store and not self.forgotten:
             result = await self._insert(result)
         self.log.close(result, failed)
+
+    def _due(self, found: Answer | Failure | None) -> ev.LiveEnded | None:
+        """The bill of a background response: for its answer, or for as much of it as was told."""
+        response_id = self.plan.facts.response_id
+        if isinstance(found, Answer):
+            if self._bill is None:
+                return None
+            # Each run has a name of its own; the response is paid once under its own.
+            return msgspec.structs.replace(self._bill, cause_id=response_id, request_id=response_id)
+        self._note()
+        try:
+            model = self._cell.catalogue.get(self.plan.facts.model)
+        except MotorpoolError:  # it is not offered any more: nobody knows its price
+            return None
+        price = Price(input_micro=model.input_micro, output_micro=model.output_micro)
+        return self.log.tab.bill(response_id, self.plan.account, price)
 
     def _result(self, found: Answer | Failure | None) -> ResponseObject:
         facts, log = self.plan.facts, self.log
@@ -322,24 +371,8 @@ class Run:
                 partial = [Message(id=its_id, status="incomplete", role="assistant", content=[part])]
             status = "cancelled" if found is None else "failed"
             return response_object(facts, status, output=partial, error=None if found is None else found.error)  # type: ignore[arg-type]
-        reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
-        reason = reasons.get(found.finish_reason)
-        output = output_items(
-            facts.response_id,
-            found,
-            log.text,
-            log.logprobs,
-            first=log.restarts,
-            status="completed" if reason is None else "incomplete",
-        )
-        return response_object(
-            facts,
-            "completed" if reason is None else "incomplete",
-            output=output,
-            usage=found.usage,
-            incomplete=None if reason is None else IncompleteDetails(reason=reason),  # type: ignore[arg-type]
-            completed_s=self._cell.now_ms() // 1000 if reason is None else None,
-        )
+        now_s = self._cell.now_ms() // 1000
+        return answered(facts, found, log.text, log.logprobs, first=log.restarts, completed_s=now_s)
 
     async def _insert(self, result: ResponseObject) -> ResponseObject:
         """Keep a foreground response; a client whose answer cannot be kept gets it all the same, and is told so."""
@@ -372,7 +405,8 @@ class Run:
                 return
 
     async def _commit(self) -> bool:
-        """Write what is new, then let it be told; whether that was the end."""
+        """Write what is new, then let it be told; whether that was the end, which is paid with it."""
+        self._note()
         log, number, ending = self.log, self.plan.number, self._ending
         first, count = log.published, len(log.pieces)
         pieces = _json(log.pieces[first:count]) if count > first else None
@@ -382,11 +416,15 @@ class Run:
         def change(connection: sqlite3.Connection) -> None:
             if pieces is not None:
                 store.append_pieces(connection, number, first, pieces)
-            if ending is not None and result is not None:
-                store.finish_response(connection, number, ending[0].status, result, now_ms)
+            if ending is None or result is None:
+                return
+            ended = store.finish_response(connection, number, ending[0].status, result, now_ms)
+            if not ended and store.is_there(connection, number):
+                raise EndedError("a try before this one was committed after all")
 
         if pieces is not None or ending is not None:
-            await self._cell.write(change)
+            with contextlib.suppress(EndedError):
+                await self._cell.write(change, bill=None if ending is None else self._bill)
         if ending is None:
             log.publish(count)
         else:

@@ -21,6 +21,8 @@ from motorpool.server.openai.footprints import shown
 from motorpool.server.openai.responses.items import ChatMessage, to_messages
 from motorpool.server.openai.responses.objects import (
     Call,
+    Facts,
+    IncompleteDetails,
     InputDetails,
     Item,
     Message,
@@ -29,8 +31,10 @@ from motorpool.server.openai.responses.objects import (
     OutputText,
     Part,
     Refusal,
+    ResponseObject,
     ResponseUsage,
     item_id,
+    response_object,
 )
 from motorpool.server.openai.responses.request import CreateRequest, FunctionTool, Tools
 from motorpool.types import Usage
@@ -49,6 +53,8 @@ _NAMES: Final = {
     "max_tokens": "max_output_tokens",
     "logprobs": "top_logprobs",
 }
+# Why a choice ended, as a reason why a response is incomplete.
+_INCOMPLETE: Final[dict[str, Any]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 # -- the request -------------------------------------------------------------------------------------------------------
@@ -292,6 +298,31 @@ def output_items(
     return items
 
 
+def answered(
+    facts: Facts,
+    found: Answer,
+    text: str,
+    logprobs: list[Raw],
+    *,
+    first: int = 0,
+    completed_s: int | None = None,
+) -> ResponseObject:
+    """The response at its end. ``text`` is all that was told, ``first`` the number of its first item.
+
+    ``completed_s`` is when it came to its end, in seconds since 1970 (UTC); None where nobody knows.
+    """
+    reason = _INCOMPLETE.get(found.finish_reason)
+    status: Any = "completed" if reason is None else "incomplete"
+    return response_object(
+        facts,
+        status,
+        output=output_items(facts.response_id, found, text, logprobs, first=first, status=status),
+        usage=found.usage,
+        incomplete=None if reason is None else IncompleteDetails(reason=reason),
+        completed_s=completed_s if reason is None else None,
+    )
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +360,11 @@ def failed_answer(status: int, body: bytes) -> Failure:
     head, rest = _split(error.param)
     named = msgspec.structs.replace(error, param=_NAMES.get(head, head) + rest)
     return Failure(status, named)
+
+
+def error_body(failed: Failure) -> bytes:
+    """A failure in OpenAI's envelope."""
+    return _json(ErrorEnvelope(error=failed.error))
 
 
 def failure(error: MotorpoolError) -> Failure:
