@@ -40,7 +40,7 @@ import msgspec
 DUTY_PERIOD_S: Final = 0.1
 MIN_DUTY: Final = 0.02  # below it one phase would be shorter than what a timer can tell; it then always rests
 MAX_REST_S: Final = 10.0  # however late the agent was
-STALE_S: Final = 60.0  # a folder that is younger may not be locked yet
+STALE_S: Final = 2.0  # a folder that is younger may not be locked yet
 FOLDER_PREFIX: Final = "motorpool-engine-"
 _MEMORY_FILE_SYSTEMS: Final = frozenset({0x01021994, 0x858458F6})  # tmpfs, ramfs
 _STATFS_BYTES: Final = 512  # more than the kernel writes
