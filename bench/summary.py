@@ -11,7 +11,7 @@ from bench.env import ROOT
 from bench.report import OURS, RESULTS, Figure, Results, number
 
 README = ROOT / "README.md"
-# Of the many ways in which an engine is stopped these stand in the README; the others are in the docs.
+# Of the many figures of these benchmarks some stand in the README; the others are in the docs.
 SHOWN = {
     "yield": (
         "Door opened until every thread",
@@ -21,7 +21,23 @@ SHOWN = {
         "Cable pulled",
         "Agent killed",
         "Agent stopped",
-    )
+    ),
+    "streams": (
+        "Streams completed",
+        "Streams with the bytes",
+        "Longest pause of a stream with a fault",
+        "Answered while one",
+        "Requests asked for twice",
+    ),
+    "cell": (
+        "Harvest against",
+        "Compute wasted, mixed",
+        "Jobs past their deadline, mixed",
+        "Jobs past their deadline, morning",
+        "Jobs past their deadline, overload",
+        "Placements a second on",
+        "Memory a vehicle",
+    ),
 }
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
@@ -42,7 +58,9 @@ def table() -> str:
     """The whole block of the README."""
     rows = ["| figure | Motorpool | others, same run | aim | command |", "| --- | ---: | --- | --- | --- |"]
     dates = set()
-    for name in ("batch", "gateway", "yield"):
+    for name in ("batch", "gateway", "yield", "streams", "cell"):
+        if not (RESULTS / f"{name}.json").exists():
+            continue
         results = msgspec.json.decode((RESULTS / f"{name}.json").read_bytes(), type=Results)
         dates.add(f"{results.date} on {results.machine}")
         shown = [figure for figure in results.figures if figure.aim and figure.name.startswith(SHOWN.get(name, ""))]
