@@ -267,6 +267,15 @@ def _live_load(t: Tables, v: int, now_ms: int, tried: Ints) -> float:
 
 
 @kernel
+def is_free(t: Tables, v: int, model: int, now_ms: int, nobody: Ints) -> bool:
+    """Whether a vehicle has a model loaded, a slot for a live request, and a middling risk of leaving at most."""
+    if int(t.vehicles["model"][v]) != model or int(t.vehicles["risk_pct"][v]) > RISK_EDGES_PCT[1]:
+        return False
+    load = _live_load(t, v, now_ms, nobody)
+    return load >= 0.0 and load < 1.0
+
+
+@kernel
 def work_of(prompt_tokens: int, completion_tokens: int) -> float:
     """Work tokens of an answer: reading a token costs an eighth of writing one."""
     return completion_tokens + prompt_tokens * 0.125

@@ -442,6 +442,13 @@ class Scheduler(Recovery):
         v = int(self.cell.k.place(self.cell.t, row, where, now_ms, rows))
         return None if v == NONE else self.cell.ids.name(v)
 
+    def is_free(self, vehicle_id: str, model: str, now_ms: int) -> bool:
+        """Whether a vehicle has this model, a free slot, and is not about to leave: no other one is much better."""
+        v, row = self.cell.find(vehicle_id), self.cell.find_model(model)
+        if NONE in {v, row}:
+            return False
+        return bool(self.cell.k.is_free(self.cell.t, v, row, now_ms, np.zeros(0, np.int64)))
+
     def serves(self, model: str) -> bool:
         """Whether any vehicle could run this model now."""
         return self.serving(model) > 0

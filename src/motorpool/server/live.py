@@ -6,9 +6,7 @@ a departure that announces itself it does not notice even that, as the next vehi
 token that is late is asked for on a second vehicle as well; a stream that pauses goes on there as well, and of the two
 the first to speak is kept. All this happens when messages arrive and alarms ring, so that a client that reads slowly
 costs no vehicle anything. Decides nothing of its own: time limits, hedges and the order of those who wait are
-``core.streams``', placement is the scheduler's. Must not: log or keep bodies after the call.
-
-Called by: ``server.loop``.
+``core.streams``', placement is the scheduler's. Must not: keep bodies after the call. Called by: ``server.loop``.
 """
 
 from __future__ import annotations
@@ -216,7 +214,7 @@ class LiveDesk:
         model = call.request.model
         self._calls[call.request.request_id] = call
         if not self.waiting.anybody_for(model):
-            vehicle_id = self.places.choose(model, call.tier, call.tried)
+            vehicle_id = self.places.choose(model, call.tier, call.tried, call.beginnings)
             if vehicle_id is not None:
                 self._open(call, vehicle_id)
                 return
@@ -322,7 +320,9 @@ class LiveDesk:
         call.attempts += 1
         if in_place_of is not None:
             self._forget(in_place_of)
-        state = self.places.took(vehicle_id) if in_place_of is None else self._cell.vehicle_state(vehicle_id)
+        else:
+            self.places.took(vehicle_id, call.beginnings)
+        state = self._cell.vehicle_state(vehicle_id)
         self._legs[leg.key] = leg
         self._by_vehicle.setdefault(vehicle_id, {})[leg.key] = leg
         vehicle = self._cell.scheduler.vehicles.get(vehicle_id)
@@ -417,7 +417,7 @@ class LiveDesk:
         elif call.tries.used_up:
             self._give_up(call)
         else:
-            vehicle_id = self.places.choose(call.request.model, Tier.GOING_ON, call.tried)
+            vehicle_id = self.places.choose(call.request.model, Tier.GOING_ON, call.tried, call.beginnings)
             if vehicle_id is not None:
                 self._open(call, vehicle_id)
                 return
@@ -620,7 +620,7 @@ class LiveDesk:
         """Ask a second vehicle as well, if there is one and the budget allows it."""
         others = call.tried | {leg.vehicle_id}
         tier = Tier.GOING_ON if leg.spoke else call.tier
-        vehicle_id = self.places.choose(call.request.model, tier, others)
+        vehicle_id = self.places.choose(call.request.model, tier, others, call.beginnings)
         if vehicle_id is None or not self._budget.spend():
             return
         if not leg.spoke:  # whether a stream that goes on was asked for twice will be known when one of the two speaks

@@ -19,8 +19,9 @@ from motorpool.core.accepted import MAX_TEMPLATE_TOKENS
 from motorpool.core.pricing import Price, Shares, extend, trim
 from motorpool.core.streams import Tier, Tries, tier_of
 from motorpool.errors import CallerError
+from motorpool.server.beginnings import beginnings_of
 from motorpool.server.cell import Carried, LiveAnswer, LiveRequest, LiveTokens
-from motorpool.types import MAX_CHECKPOINT_BYTES, Usage
+from motorpool.types import MAX_CHECKPOINT_BYTES, Kind, Usage
 
 log = logging.getLogger(__name__)
 
@@ -309,6 +310,7 @@ class Call:
     def __init__(self, request: LiveRequest) -> None:
         self.request = request
         self.tier, named_tokens = _read(request.body)
+        self.beginnings = beginnings_of(request.model, request.body) if request.kind is Kind.CHAT else ()
         self.limit_tokens = named_tokens or DEFAULT_LIMIT_TOKENS
         self._most_tokens = named_tokens * request.choices  # of all its choices; 0 if no limit was named
         self.incoming = Mailbox()

@@ -6,12 +6,16 @@ anything. Called by: ``server.live``, ``server.live_waiting``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from motorpool import wire
 from motorpool.core.scheduler import Scheduler
 from motorpool.core.streams import PER_SLOT, Suspects, Tier
+from motorpool.server.beginnings import Readers
+
+NEAR_MS: Final = 30.0  # a round trip of less is not worth a search
+MAX_NEARER: Final = 2  # other vehicles that are looked at
 
 
 class Fleet(Protocol):
@@ -36,19 +40,44 @@ class Places:
         self._slots: dict[str, int] = {}
         self._full: dict[Tier, set[str]] = {tier: set() for tier in Tier}
         self.suspects = Suspects()
+        self.readers = Readers()
+        self.round_trips_ms: dict[str, float] = {}  # as the message server measures them
 
-    def choose(self, model: str, tier: Tier, tried: set[str]) -> str | None:
-        """A vehicle that can take one more request of this tier now; None if there is none."""
+    def choose(self, model: str, tier: Tier, tried: set[str], beginnings: Sequence[int] = ()) -> str | None:
+        """A vehicle that can take one more request of this tier now; None if there is none.
+
+        One that has read the beginning of the conversation, if it has a free slot and stays; else the scheduler's
+        choice, or a nearer one that is as good.
+        """
+        scheduler, now_ms = self._fleet.scheduler, self._fleet.now_ms()
         avoided = self.suspects.avoided(self._clock_ms())
-        full = self._full[tier]
-        place_live, now_ms = self._fleet.scheduler.place_live, self._fleet.now_ms()
-        found = place_live(model, frozenset().union(tried, full, avoided), now_ms)
-        if found is None and avoided - tried - full:
-            found = place_live(model, frozenset().union(tried, full), now_ms)
-        return found
+        not_these = frozenset().union(tried, self._full[tier], avoided)
+        for reader in self.readers.of(beginnings):
+            if reader not in not_these and scheduler.is_free(reader, model, now_ms):
+                return reader
+        found = scheduler.place_live(model, not_these, now_ms)
+        if found is None and avoided - tried - self._full[tier]:
+            return scheduler.place_live(model, frozenset().union(tried, self._full[tier]), now_ms)
+        return found if found is None else self._nearest(found, model, not_these, now_ms)
 
-    def took(self, vehicle_id: str) -> wire.State | None:
+    def _nearest(self, found: str, model: str, not_these: frozenset[str], now_ms: int) -> str:
+        """The nearest of a few good ones: a long way costs every token as much as a wait."""
+        best, looked = found, {found}
+        scheduler = self._fleet.scheduler
+        while self._round_trip_ms(best) > NEAR_MS and len(looked) <= MAX_NEARER:
+            other = scheduler.place_live(model, not_these | looked, now_ms)
+            if other is None or not scheduler.is_free(other, model, now_ms):
+                break
+            looked.add(other)
+            best = min(best, other, key=self._round_trip_ms)
+        return best
+
+    def _round_trip_ms(self, vehicle_id: str) -> float:
+        return self.round_trips_ms.get(vehicle_id, 0.0)  # of whom nothing is known nothing bad is known
+
+    def took(self, vehicle_id: str, beginnings: Sequence[int] = ()) -> wire.State | None:
         """One more request is there; what its vehicle last reported."""
+        self.readers.read(beginnings, vehicle_id)
         state = self._fleet.vehicle_state(vehicle_id)
         self._slots[vehicle_id] = 1 if state is None else max(1, state.slots)
         self._fleet.scheduler.live_began(vehicle_id)

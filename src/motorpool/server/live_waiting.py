@@ -102,7 +102,7 @@ class Waiting:
                 break  # whoever is less urgent may use no vehicle that this one may not
             if waiter.not_before_ms > now_ms:
                 continue
-            vehicle_id = self._places.choose(model, waiter.tier, waiter.call.tried)
+            vehicle_id = self._places.choose(model, waiter.tier, waiter.call.tried, waiter.call.beginnings)
             if vehicle_id is not None:
                 room.served(key, now_ms)
                 del self._waiters[key]
