@@ -142,6 +142,10 @@ class Nowhere(CellLink):
     def pull_work(self, take: Any) -> None:
         """Nobody has done anything."""
 
+    async def round_trips(self) -> dict[str, float]:
+        """Nobody is any distance away."""
+        return {}
+
     def send(self, vehicle_id: str, data: bytes) -> None:
         """A message to a vehicle."""
         del vehicle_id

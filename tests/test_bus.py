@@ -608,11 +608,20 @@ def test_the_user_that_hears_who_leaves_may_do_nothing_else(tmp_path: Path) -> N
                 problems.put_nowait(str(error))
 
             client._error_cb = failed
-            for subject in ("$SYS.REQ.SERVER.PING", "$SYS.REQ.CLAIMS.UPDATE", "mp.v1.down.v1"):
+            account, other = KeyPair.from_seed(cell.identity.account_seed).public, KeyPair.generate(ACCOUNT).public
+            for subject in (
+                "$SYS.REQ.SERVER.PING",
+                "$SYS.REQ.SERVER.PING.CONNZ",
+                "$SYS.REQ.CLAIMS.UPDATE",
+                f"$SYS.REQ.ACCOUNT.{account}.INFO",
+                f"$SYS.REQ.ACCOUNT.{other}.CONNZ",
+                "_INBOX.w.x",
+                "mp.v1.down.v1",
+            ):
                 await client.publish(subject, b"")
                 async with asyncio.timeout(WAIT_S):
                     assert "permissions violation" in (await problems.get()).lower()
-            for subject in ("$SYS.>", "$SYS.ACCOUNT.*.DISCONNECT", "mp.>"):
+            for subject in ("$SYS.>", "$SYS.ACCOUNT.*.DISCONNECT", "_INBOX.>", "_INBOX.c.>", "mp.>"):
                 await client.subscribe(subject)
                 async with asyncio.timeout(WAIT_S):
                     assert "permissions violation" in (await problems.get()).lower()

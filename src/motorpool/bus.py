@@ -24,6 +24,7 @@ from typing import Any, Final, Self
 from motorpool import natslib  # before nats-py, which it keeps small
 
 # isort: split
+import msgspec
 import nats
 import nats.errors
 import nats.js.errors
@@ -34,7 +35,7 @@ from nats.js.client import JetStreamContext
 
 from motorpool import wire
 from motorpool.errors import MotorpoolError, SetupError
-from motorpool.presence import Presence
+from motorpool.presence import Page, Presence, page_of
 from motorpool.trust.credentials import WATCH_INBOX, CellIdentity, VehicleCredentials, write_secret
 from motorpool.trust.nkeys import KeyPair
 from motorpool.types import MAX_MESSAGE_BYTES
@@ -53,6 +54,9 @@ MAX_WORK_AT_ONCE: Final = 64
 CHECK_CONSUMER_S: Final = 5
 CHECK_CLIENT_S: Final = 5
 WATCH_AGAIN_S: Final = 30  # after the message server would not say who leaves
+ASK_TIMEOUT_S: Final = 5.0  # for all pages of connections together
+PAGE_CONNECTIONS: Final = 1_024
+MAX_PAGES: Final = 100
 REDELIVER_AFTER_S: Final = 30
 CONSUMER: Final = "cell"
 DUPLICATE_WINDOW_S: Final = 120
@@ -464,6 +468,7 @@ class Watch:
         self._identity = identity
         self._on_gone = on_gone
         self._presence = Presence()
+        self._warned = False
         self._connection = Connection(self._open, self._prepare, lambda _: self._presence.forget())
         self._starting = asyncio.create_task(self._start())
 
@@ -507,6 +512,36 @@ class Watch:
         for subject, callback in zip(self._identity.watched, (came, went), strict=True):
             await client.subscribe(subject, cb=callback)
         await settled(client)
+
+    async def round_trips(self) -> dict[str, float]:
+        """Milliseconds to each vehicle; see ``CellLink.round_trips``."""
+        found: dict[str, float] = {}
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                await asyncio.wait({self._starting})
+                for number in range(MAX_PAGES):
+                    page = await self._ask(number * PAGE_CONNECTIONS)
+                    found |= page.round_trips_ms  # pages go from the oldest connection to the newest
+                    if page.connections < PAGE_CONNECTIONS:
+                        break
+        except Exception as error:  # noqa: BLE001 - nats-py raises foreign errors, and nobody is to fail by this
+            if not self._warned:
+                log.warning("the message server does not say how far away vehicles are: %s", type(error).__name__)
+            self._warned = True
+        else:
+            self._warned = False
+        return found
+
+    async def _ask(self, offset: int) -> Page:
+        """Ask the server for some of the connections to the cell's account."""
+        if not self.connected:
+            raise BusError("there is no connection to ask through")
+        asked = msgspec.json.encode({"limit": PAGE_CONNECTIONS, "offset": offset, "auth": True})
+        answer = await self._connection.client.request(self._identity.connections, asked, timeout=ASK_TIMEOUT_S)
+        page = page_of(answer.data)
+        if page is None:
+            raise BusError("the answer about connections is not understood")
+        return page
 
     async def close(self) -> None:
         """Hear no more."""
@@ -708,6 +743,13 @@ class CellLink:
     def watching(self) -> bool:
         """Whether the message server tells now whose connection ends."""
         return self._watch is not None and self._watch.connected
+
+    async def round_trips(self) -> dict[str, float]:
+        """The round trip to each vehicle that is connected, in milliseconds, as the message server measured it last.
+
+        Empty where the server does not tell, with one warning, or where nobody listens for whose connection ends.
+        """
+        return {} if self._watch is None else await self._watch.round_trips()
 
     def check(self) -> None:
         """Raise BusError if work is no longer taken from the stream."""

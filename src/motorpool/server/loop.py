@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from motorpool import wire
-from motorpool.bus import CellLink, WorkMessage
+from motorpool.bus import CellLink, WorkMessage, ended
 from motorpool.catalogue import Catalogue
 from motorpool.core import events as ev
 from motorpool.core.ledger import vehicle_of
@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 MAX_TAKEN: Final = 256  # entries of the inbox in one transaction
 MAX_WAITING: Final = 2_048  # above it the durable stream is not read further
+ROUND_TRIPS_EVERY_S: Final = 30.0  # the message server is asked how far away vehicles are
 GATHER_S: Final = 0.02  # pay for live requests is committed together this often
 STOP_GRACE_S: Final = 3.0
 REBUILD_WAIT_S: Final = 1.0
@@ -98,6 +99,7 @@ class CellLoop:
         self._files: dict[int, InputFile] = {}
         self._assembling: dict[int, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._measuring: asyncio.Task[None] | None = None
         self._changes = 0
         self._settled_ms = 0  # set once, by the first state from the books
         self._singly = 0  # so many entries are tried one by one: one of them cannot be committed
@@ -214,6 +216,7 @@ class CellLoop:
         await link.listen(self._on_state, self._on_live, self._on_gone)
         link.pull_work(self._on_work)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
+        self._measuring = asyncio.create_task(ask_round_trips(link, self._on_round_trips))
         self.ask_all()
 
     def on_link(self, up: bool) -> None:
@@ -250,6 +253,7 @@ class CellLoop:
             except (TimeoutError, MotorpoolError) as error:
                 log.warning("stopping with work undone: %s", type(error).__name__)
         await self.quotes.close()
+        await ended(self._measuring)
         for task in [*self._tasks, *self._assembling.values()]:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._assembling.values(), return_exceptions=True)
@@ -393,6 +397,9 @@ class CellLoop:
     def _on_gone(self, vehicle_id: str) -> None:
         if vehicle_id in self.enrolled:
             self.desk.on_gone(vehicle_id)
+
+    def _on_round_trips(self, found_ms: dict[str, float]) -> None:
+        self.desk.places.round_trips_ms = found_ms
 
     async def _on_work(self, messages: list[WorkMessage]) -> None:
         for message in messages:
@@ -649,6 +656,13 @@ class CellLoop:
         file = self._files.pop(batch_no, None)
         if file is not None:
             file.stream.close()
+
+
+async def ask_round_trips(link: CellLink, on_round_trips: Callable[[dict[str, float]], None]) -> None:
+    """Tell again and again how far away the vehicles are, in milliseconds; nothing where that is not known."""
+    while True:
+        on_round_trips(await link.round_trips())
+        await asyncio.sleep(ROUND_TRIPS_EVERY_S)
 
 
 def _started(

@@ -10,7 +10,6 @@ Called by: ``bus``, ``server``, ``cli``. Must not: open connections.
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 from pathlib import Path
 from typing import Final
@@ -118,10 +117,15 @@ class CellIdentity(msgspec.Struct, frozen=True, kw_only=True):
         account = KeyPair.from_seed(self.account_seed).public
         return [f"$SYS.ACCOUNT.{account}.CONNECT", f"$SYS.ACCOUNT.{account}.DISCONNECT"]
 
+    @property
+    def connections(self) -> str:
+        """Where the message server can be asked for the connections of the cell's account."""
+        return f"$SYS.REQ.ACCOUNT.{KeyPair.from_seed(self.account_seed).public}.CONNZ"
+
     def watch_jwt(self) -> str:
-        """The cell's user in the system account: it may hear of connections, and nothing else."""
+        """The cell's user in the system account: it may hear of connections, ask for them, and nothing else."""
         user = KeyPair.from_seed(self.user_seed)
-        claims = user_claims(publish=[WATCH_INBOX], subscribe=self.watched)  # an empty list would allow everything
+        claims = user_claims(publish=[self.connections], subscribe=[*self.watched, f"{WATCH_INBOX}.>"])
         return issue(KeyPair.from_seed(self.system_seed), user.public, "watch", claims, self.issued_s)
 
     def enrol(self, vehicle_id: str, urls: list[str], issued_s: int) -> VehicleCredentials:
@@ -144,7 +148,7 @@ def vehicle_in(jwt: str) -> str | None:
     body = jwt.split(".")[1] if jwt.count(".") == 2 else ""
     try:
         found = msgspec.json.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)), type=_Vouched)
-    except (msgspec.DecodeError, UnicodeDecodeError, binascii.Error):
+    except (msgspec.DecodeError, ValueError, RecursionError):  # the text may be anything, of any depth
         return None
     return found.name if wire.up_subject(found.name, "live") in found.nats.pub.allow else None
 
