@@ -40,9 +40,9 @@ class Sizes:
 
     def __init__(self, *, quick: bool) -> None:
         self.streams = 12 if quick else 200
-        self.peer_streams = 4 if quick else 12  # slow peers get fewer: each waits for its limit
+        self.peer_streams = 4 if quick else 8  # slow peers get fewer: each waits for its limit
         self.model_streams = 4 if quick else 24
-        self.announced = 4 if quick else 40
+        self.announced = 4 if quick else 24
         self.silent = 60 if quick else 400
         self.peer_silent = 30 if quick else 60
         self.crowd = 200 if quick else 1_000
