@@ -102,6 +102,9 @@ class Figures:
             delivered = sum(len(trial.heard.at_s) for trial in whole)
             self.again.add(name, sum(trial.struck_at for trial in continued) / max(1, delivered))
         _say(name, "faults", f"{len(whole)}/{len(struck)} whole, {sum(t.same for t in struck)} the same, {note}")
+        if len(struck) < len(trials):
+            left_out = len(trials) - len(struck)
+            self.remarks.append(f"{name}: nothing was struck in {left_out} of {len(trials)} trials; not counted.")
         for trial in struck:
             if not trial.same and name.startswith(report.OURS):
                 self.remarks.append(f"{name}, {trial.fault}: {trial.heard.error or 'another text'}")
